@@ -1,0 +1,31 @@
+# `make demo` trains a small model on real sounds and lets it name others; `make test` runs the tests.
+# Each sets up what it needs on its first run.
+
+PYTHON ?= python3
+DATA ?= ../shared/data/esc10
+EPOCHS ?= 8
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	@test -d "$(DATA)" || { echo "No data folder $(DATA). Pass one in ESC-50's or UrbanSound8K's layout, or with a" \
+	  "sub-folder of recordings for each class: make demo DATA=/path/to/recordings"; exit 2; }
+	$(BIN)/python examples/demo.py --data "$(DATA)" --epochs $(EPOCHS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Made anew when what the package depends on changes.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,34 @@
+"""Causal Audio Transformer (CAT) for Hugging Face Transformers.
+
+Importing the package registers the model with the `Auto*` classes and so with `pipeline`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForAudioClassification,
+)
+
+from .audio import load_audio
+from .configuration_cat import CATConfig
+from .feature_extraction_cat import CATFeatureExtractor
+from .modeling_cat import CATForAudioClassification, CATModel, CATPreTrainedModel
+from .mrmf import MRMFSpectrogram
+
+__version__ = "0.1.0"
+
+AutoConfig.register(CATConfig.model_type, CATConfig, exist_ok=True)
+AutoFeatureExtractor.register(CATConfig, CATFeatureExtractor, exist_ok=True)
+AutoModel.register(CATConfig, CATModel, exist_ok=True)
+AutoModelForAudioClassification.register(CATConfig, CATForAudioClassification, exist_ok=True)
+
+__all__ = [
+    "CATConfig",
+    "CATFeatureExtractor",
+    "CATForAudioClassification",
+    "CATModel",
+    "CATPreTrainedModel",
+    "MRMFSpectrogram",
+    "load_audio",
+]

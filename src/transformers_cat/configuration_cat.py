@@ -1,0 +1,258 @@
+"""Configuration of the Causal Audio Transformer (CAT).
+
+The front end's defaults stand here as constants: the model and the feature extractor must agree on them.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+SAMPLING_RATE = 32_000  # samples per second
+WINDOW_LENGTHS = (400, 800, 1600)  # samples: 12.5, 25 and 50 ms; the middle one is the paper's
+HOP_LENGTHS = (160, 320, 640)  # samples: 0.4 of each window
+FRAME_SHIFT = 320  # samples: the common 10 ms grid to which every resolution is brought
+FILTERS = ("mel", "linear")
+NUM_BINS = 64
+F_MIN = 50.0  # Hz
+F_MAX = 14_000.0  # Hz
+LOG_OFFSET = 1e-5  # power added before the logarithm: silence is log(1e-5)
+
+# The arguments of the front end, by the names that CATConfig, CATFeatureExtractor and MRMFSpectrogram share.
+MRMF_ARGUMENTS = (
+    "sampling_rate",
+    "window_lengths",
+    "hop_lengths",
+    "frame_shift",
+    "filters",
+    "num_bins",
+    "f_min",
+    "f_max",
+    "log_offset",
+)
+
+
+def validate_mrmf(
+    sampling_rate: int,
+    window_lengths: list[int] | tuple[int, ...],
+    hop_lengths: list[int] | tuple[int, ...],
+    frame_shift: int,
+    filters: list[str] | tuple[str, ...],
+    num_bins: int,
+    f_min: float,
+    f_max: float,
+    log_offset: float,
+) -> None:
+    """Raises ValueError, with the values named, where the front end's arguments contradict each other."""
+    if len(window_lengths) != len(hop_lengths) or len(window_lengths) == 0:
+        raise ValueError(
+            f"`window_lengths` {tuple(window_lengths)} and `hop_lengths` {tuple(hop_lengths)} must have the same length, "
+            "at least 1: one hop for each window."
+        )
+    if min(sampling_rate, frame_shift, num_bins, *window_lengths, *hop_lengths) < 1 or log_offset <= 0:
+        raise ValueError(
+            "`sampling_rate`, `window_lengths`, `hop_lengths`, `frame_shift`, `num_bins` and `log_offset` must be "
+            f"positive, not {sampling_rate}, {tuple(window_lengths)}, {tuple(hop_lengths)}, {frame_shift}, {num_bins} "
+            f"and {log_offset}."
+        )
+    for window, hop in zip(window_lengths, hop_lengths):
+        if hop > window:
+            raise ValueError(f"A hop of {hop} samples skips audio between windows of {window}; it must not be longer.")
+        if frame_shift % hop and hop % frame_shift:
+            raise ValueError(
+                f"A hop of {hop} samples cannot be aligned to frames of {frame_shift}: one must divide the other."
+            )
+    if not filters or not set(filters) <= {"mel", "linear"}:
+        raise ValueError(f"`filters` must be a non-empty choice of 'mel' and 'linear', not {tuple(filters)}.")
+    if not 0 <= f_min < f_max <= sampling_rate / 2:
+        raise ValueError(
+            f"`f_min` {f_min} Hz and `f_max` {f_max} Hz must satisfy 0 <= f_min < f_max <= {sampling_rate / 2} Hz, "
+            f"the Nyquist frequency of {sampling_rate} Hz."
+        )
+
+
+@strict
+class CATConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`CATModel`] and [`CATForAudioClassification`]. The defaults are the "tiny" size: Swin-T's trunk
+    with heads that divide between two filters.
+
+    Front end (eqs. 1-2 of the paper), in samples and hertz; [`CATFeatureExtractor`] has the same arguments:
+
+    Args:
+        sampling_rate (`int`, defaults to 32000): Samples per second.
+        window_lengths (`tuple[int, ...]`, defaults to `(400, 800, 1600)`): The K analysis windows, in samples.
+        hop_lengths (`tuple[int, ...]`, defaults to `(160, 320, 640)`): One hop for each window, in samples.
+        frame_shift (`int`, defaults to 320): The time grid of the aligned spectrograms, in samples (10 ms).
+        filters (`tuple[str, ...]`, defaults to `("mel", "linear")`): The G filter banks.
+        num_bins (`int`, defaults to 64): F, the bins of each filter bank.
+        f_min (`float`, defaults to 50): Lowest frequency of the filter banks, in Hz.
+        f_max (`float`, defaults to 14000): Highest frequency of the filter banks, in Hz.
+        log_offset (`float`, defaults to 1e-5): Power added before the logarithm.
+
+    Patches and position (Sec. III-A, eq. 3):
+
+        patch_size (`tuple[int, int]`, defaults to `(4, 4)`): Frames and bins of a patch. `(1, num_bins)` is the
+            paper's window of one frame and all bins.
+        embed_dim (`int`, defaults to 96): Width of the first stage; each later stage doubles it.
+        exchange_dim (`int`, defaults to 16): Width of the attention between the resolutions at one time and
+            frequency; 0 leaves it out.
+        use_position_embedding (`bool`, defaults to `True`): The 3-D position embedding of eq. 3.
+        stem_depth (`int`, defaults to 0): 3x3 convolutions of a residual stem beside the patch embedding, which
+            starts as zero; 0 leaves it out.
+
+    Trunk (Fig. 1):
+
+        depths (`tuple[int, ...]`, defaults to `(2, 2, 6, 2)`): Blocks of each stage.
+        num_heads (`tuple[int, ...]`, defaults to `(4, 8, 16, 32)`): Attention heads of each stage, divided evenly
+            between the filters.
+        window_size (`int` or `None`, defaults to 8): A window holds `window_size ** 2` tokens, at most
+            `window_size` of them along frequency. `None` is global attention in a single stage, as in AST.
+        mlp_ratio (`float`, defaults to 4): Hidden width of the MLPs, as a multiple of their input's.
+        depthwise_kernel_size (`int`, defaults to 0): Odd kernel of a depthwise convolution, residual and starting
+            as zero, before the attention of each block; 0 leaves it out.
+        qkv_bias (`bool`, defaults to `True`): Biases in the query, key and value projections.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs.
+        hidden_dropout_prob (`float`, defaults to 0): Dropout after attention and MLP.
+        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of the attention probabilities.
+        drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last block; it rises linearly from 0.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: A value has the wrong type, or values contradict each other; the
+            message names them.
+    """
+
+    model_type = "causal-audio-transformer"
+    attribute_map = {"num_attention_heads": "num_heads"}
+    keys_to_ignore_at_inference = ["frame_logits", "token_mask", "pooler_output"]
+
+    sampling_rate: int = SAMPLING_RATE
+    window_lengths: list[int] | tuple[int, ...] = WINDOW_LENGTHS
+    hop_lengths: list[int] | tuple[int, ...] = HOP_LENGTHS
+    frame_shift: int = FRAME_SHIFT
+    filters: list[Literal["mel", "linear"]] | tuple[Literal["mel", "linear"], ...] = FILTERS
+    num_bins: int = NUM_BINS
+    f_min: float | int = F_MIN
+    f_max: float | int = F_MAX
+    log_offset: float = LOG_OFFSET
+
+    patch_size: list[int] | tuple[int, ...] = (4, 4)
+    embed_dim: int = 96
+    exchange_dim: int = 16
+    use_position_embedding: bool = True
+    stem_depth: int = 0
+
+    depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: list[int] | tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int | None = 8
+    mlp_ratio: float | int = 4.0
+    depthwise_kernel_size: int = 0
+    qkv_bias: bool = True
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.1
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    # Properties, not fields: a derived value in the JSON would go stale when its source is overridden.
+    @property
+    def num_filters(self) -> int:
+        """G."""
+        return len(self.filters)
+
+    @property
+    def num_resolutions(self) -> int:
+        """K."""
+        return len(self.window_lengths)
+
+    @property
+    def feature_size(self) -> int:
+        """G * K * F, the width of `input_values`."""
+        return self.num_filters * self.num_resolutions * self.num_bins
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of stages; a model returns one hidden state more."""
+        return len(self.depths)
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the last stage and of the latent Z."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    def stage_width(self, stage: int) -> int:
+        """Channels of a stage."""
+        return self.embed_dim * 2**stage
+
+    def stage_bins(self, stage: int) -> int:
+        """Tokens along frequency in a stage."""
+        return -(-self.num_bins // (self.patch_size[1] * 2**stage))
+
+    def window_shape(self, stage: int) -> tuple[int, int] | None:
+        """Tokens of a stage's window along (time, frequency); None is the window that covers everything."""
+        if self.window_size is None:
+            return None
+        along_frequency = min(self.window_size, self.stage_bins(stage))
+        return self.window_size**2 // along_frequency, along_frequency
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict` validation: values that each have the right type but do not fit together."""
+        validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
+        self._validate_patches()
+        self._validate_stages()
+        if self.num_labels < 1:
+            raise ValueError(f"`num_labels` must be at least 1, not {self.num_labels}.")
+
+    def _validate_patches(self) -> None:
+        if len(self.patch_size) != 2 or min(self.patch_size) < 1:
+            raise ValueError(f"`patch_size` must be two positive numbers, frames and bins, not {self.patch_size}.")
+        if self.num_bins % self.patch_size[1]:
+            raise ValueError(
+                f"`num_bins` {self.num_bins} must be a multiple of the patch's {self.patch_size[1]} bins (`patch_size`)."
+            )
+        if min(self.embed_dim, self.exchange_dim + 1, self.stem_depth + 1) < 1:
+            raise ValueError(
+                "`embed_dim` must be positive and `exchange_dim` and `stem_depth` must not be negative, not "
+                f"{self.embed_dim}, {self.exchange_dim} and {self.stem_depth}."
+            )
+        if self.use_position_embedding and self.embed_dim % 2:
+            raise ValueError(f"`embed_dim` {self.embed_dim} must be even: eq. 3 pairs a sine with each cosine.")
+
+    def _validate_stages(self) -> None:
+        if len(self.depths) != len(self.num_heads) or len(self.depths) == 0 or min(self.depths) < 1:
+            raise ValueError(
+                f"`depths` {self.depths} and `num_heads` {self.num_heads} must have one positive entry for each stage."
+            )
+        if self.window_size is None and len(self.depths) != 1:
+            raise ValueError(
+                f"`window_size=None` is global attention in one stage, but `depths` {self.depths} has "
+                f"{len(self.depths)}; give one depth and one number of heads."
+            )
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"`window_size` must be positive or None, not {self.window_size}.")
+        for stage, heads in enumerate(self.num_heads):
+            if heads < 1 or heads % self.num_filters:
+                raise ValueError(
+                    f"The {heads} heads of stage {stage} (`num_heads` {self.num_heads}) cannot be divided evenly "
+                    f"between {self.num_filters} filters {self.filters}."
+                )
+            if self.stage_width(stage) % heads:
+                raise ValueError(
+                    f"The width {self.stage_width(stage)} of stage {stage} (`embed_dim` {self.embed_dim}) must be a "
+                    f"multiple of its {heads} heads."
+                )
+            window = self.window_shape(stage)
+            if window and (self.stage_bins(stage) % window[1] or window[0] * window[1] != self.window_size**2):
+                raise ValueError(
+                    f"Windows of {self.window_size}x{self.window_size} tokens do not tile the {self.stage_bins(stage)} "
+                    f"tokens along frequency of stage {stage}; choose a power of two for `window_size`, and "
+                    "`num_bins` so that bins per patch and stage divide."
+                )
+        if self.depthwise_kernel_size < 0 or (self.depthwise_kernel_size and self.depthwise_kernel_size % 2 == 0):
+            raise ValueError(f"`depthwise_kernel_size` must be odd, or 0 for none, not {self.depthwise_kernel_size}.")
+
+
+__all__ = ["CATConfig"]

@@ -1,0 +1,752 @@
+"""The Causal Audio Transformer (CAT): MRMF patches, acoustic attention on a Swin trunk, classification head.
+
+Layouts: B clips, G filters, K resolutions, T frames, F bins; t and f count tokens along time and frequency, C is a
+stage's width. Token maps are (B, t, f, C), one for each filter (G, B, t, f, C).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_cat import MRMF_ARGUMENTS, CATConfig
+from .mrmf import MRMFSpectrogram
+
+
+@dataclass
+class CATModelOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, t, f, d)`): Token map of the last stage, after the final
+            layer norm; t = ceil(T / 32) and f = F / 32 for the default sizes.
+        pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, its mean over the tokens that hold audio.
+        token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): Time steps of `last_hidden_state` that hold
+            audio; `None` if all do.
+        normalized_features (`torch.FloatTensor` of shape `(B, T, G * K * F)`): The normalised MRMF, zero on padding.
+        frame_mask (`torch.BoolTensor` of shape `(B, T)`, *optional*): Its frames that hold audio; `None` if all do.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): The trunk h, `(B, t, f, C)`: as embedded, then as each
+            stage passes it on.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): For the last block of each stage, `(B * windows, heads,
+            tokens, tokens)`; the first `heads / G` heads read the first filter, and so on.
+    """
+
+    token_mask: torch.BoolTensor | None = None
+    normalized_features: torch.FloatTensor | None = None
+    frame_mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class CATSequenceClassifierOutput(SequenceClassifierOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): With `labels`.
+        logits (`torch.FloatTensor` of shape `(B, num_labels)`): Scores before softmax or sigmoid.
+        frame_logits (`torch.FloatTensor` of shape `(B, t, num_labels)`, *optional*): With `output_frame_logits`: the
+            head's scores of each time step; their mean over the steps that hold audio is `logits`.
+        token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): With `output_frame_logits`: those steps.
+        pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, the embedding that the head reads.
+        hidden_states, attentions: As in [`CATModelOutput`].
+    """
+
+    frame_logits: torch.FloatTensor | None = None
+    token_mask: torch.BoolTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+
+
+# Windows: plain functions of shapes
+
+
+def pad_time(tokens: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
+    """Zero-pads dimension `dim` at its end to a multiple."""
+    missing = -tokens.shape[dim] % multiple
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, missing)) if missing else tokens
+
+
+def window_partition(tokens: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """(B, t, f, C) -> (B, windows, tokens of a window, C); `window` divides (t, f)."""
+    b, t, f, c = tokens.shape
+    tokens = tokens.view(b, t // window[0], window[0], f // window[1], window[1], c)
+    return tokens.transpose(2, 3).reshape(b, -1, window[0] * window[1], c)
+
+
+def window_reverse(windows: torch.Tensor, window: tuple[int, int], t: int, f: int) -> torch.Tensor:
+    """(B, windows, tokens of a window, C) -> (B, t, f, C), the inverse of `window_partition`."""
+    b, _, _, c = windows.shape
+    windows = windows.view(b, t // window[0], f // window[1], window[0], window[1], c)
+    return windows.transpose(2, 3).reshape(b, t, f, c)
+
+
+def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
+    """Row of the relative-position table for each (query, key) of a window, flat: (tokens * tokens,) int64.
+
+    Row `(dt + w_t - 1) * (2 * w_f - 1) + (df + w_f - 1)` belongs to the offset (dt, df) of query from key.
+    """
+    t, f = (axis.flatten() for axis in torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij"))
+    dt, df = t[:, None] - t[None, :], f[:, None] - f[None, :]
+    return ((dt + window[0] - 1) * (2 * window[1] - 1) + df + window[1] - 1).flatten()
+
+
+def attention_mask_of_windows(
+    token_mask: torch.Tensor | None, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], like
+) -> torch.Tensor | None:
+    """Additive mask that keeps attention within what belongs together in a window.
+
+    A cyclic shift brings the two ends of an axis into one window; they must not see each other, nor anything padding.
+    Padding sees itself, so that no row of the softmax is empty.
+
+    Args:
+        token_mask: (B, t) bool, or `None`.
+        size: (t, f) before padding to whole windows.
+        like: A tensor that gives dtype and device.
+
+    Returns:
+        (B or 1, windows, tokens, tokens), 0 or -inf, or `None` where everything belongs together.
+    """
+    (t, f), device = size, like.device
+    if token_mask is None and shift == (0, 0) and t % window[0] == 0:
+        return None
+    rows = torch.ones(1, t, dtype=torch.bool, device=device) if token_mask is None else token_mask
+    rows = pad_time(rows, window[0], 1).roll(-shift[0], 1)  # (B or 1, t)
+    t = rows.shape[1]
+    wrapped_t = torch.arange(t, device=device) >= t - shift[0]
+    wrapped_f = torch.arange(f, device=device) >= f - shift[1]
+    regions = 1 + wrapped_t[:, None] + 2 * wrapped_f[None, :]  # (t, f)
+    regions = torch.where(rows[..., None], regions, 0)
+    regions = window_partition(regions[..., None], window)  # (B or 1, windows, tokens, 1)
+    apart = regions != regions.transpose(2, 3)
+    return torch.zeros(apart.shape, dtype=like.dtype, device=device).masked_fill(apart, float("-inf"))
+
+
+def any_of(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """(B, T) bool -> (B, ceil(T / count)): whether any of each `count` steps holds audio."""
+    return None if mask is None else pad_time(mask, count, 1).unflatten(1, (-1, count)).any(-1)
+
+
+def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Sets (..., B, t, f, C) to zero where `mask` (B, t) says that there is no audio."""
+    return tokens if mask is None else tokens * mask[:, :, None, None].to(tokens.dtype)
+
+
+def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens X_g of each filter (G, B, t, f, C) -> trunk h, their mean, and offsets delta_g = X_g - h (None if G = 1)."""
+    if streams.shape[0] == 1:
+        return streams[0], None
+    trunk = streams.mean(0)
+    return trunk, streams - trunk
+
+
+def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """X_g = h + delta_g: (B, t, f, C) and (G, B, t, f, C) -> (G, B, t, f, C)."""
+    return trunk[None] if offsets is None else trunk + offsets
+
+
+# Features to tokens
+
+
+class CATFeatureNorm(nn.BatchNorm1d):
+    """Batch norm of the MRMF over (filter, resolution, bin), without padding in its statistics.
+
+    It has no affine map, since a projection follows.
+    """
+
+    def __init__(self, feature_size: int):
+        super().__init__(feature_size, affine=False)
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, G * K * F), mask (B, T) bool or `None` -> (B, T, G * K * F) float32, zero on padding."""
+        features = features.float()
+        weight = None if frame_mask is None else frame_mask[..., None].float()
+        if self.training:
+            mean, variance, count = self._statistics(features.detach(), weight)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
+                rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
+                self.running_var.copy_(torch.lerp(self.running_var.float(), unbiased, rate))
+        else:
+            mean, variance = self.running_mean.float(), self.running_var.float()
+        features = (features - mean) * (variance + self.eps).rsqrt()
+        return features if weight is None else features * weight
+
+    @staticmethod
+    def _statistics(features: torch.Tensor, weight: torch.Tensor | None):
+        """Mean and variance over the frames that hold audio, (G * K * F,) each, and the number of these frames."""
+        if weight is None:
+            variance, mean = torch.var_mean(features, dim=(0, 1), correction=0)
+            return mean, variance, torch.tensor(float(features.shape[0] * features.shape[1]), device=features.device)
+        count = weight.sum().clamp(min=1)
+        mean = (features * weight).sum((0, 1)) / count
+        return mean, ((features - mean).square() * weight).sum((0, 1)) / count, count
+
+
+class CATPositionEmbedding(nn.Module):
+    """3-D position, eq. (3): pe[k, t, f] = g([sin(t); onehot(k)]) + sin(f), and a learned vector for each filter.
+
+    The paper's text promises a network "aware of features extracted with different window sizes and filters"; its
+    equation has no term for filters, hence the vectors. A gate scales the sum; with pre-trained weights it starts at 0.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        self.dim = config.embed_dim
+        self.num_resolutions = config.num_resolutions
+        self.projection = nn.Linear(config.embed_dim + config.num_resolutions, config.embed_dim)
+        self.filters = nn.Parameter(torch.zeros(config.num_filters, config.embed_dim))
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def sinusoids(self, length: int) -> torch.Tensor:
+        """(length, C): sine and cosine pairs at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al., 2017)."""
+        weight = self.projection.weight
+        position = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None]
+        exponent = torch.arange(0, self.dim, 2, device=weight.device, dtype=torch.float32) / self.dim
+        angle = position * 10_000.0**-exponent
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(weight.dtype)
+
+    def forward(self, t: int, f: int) -> torch.Tensor:
+        """-> (K, G, 1, t, f, C)."""
+        # g is linear: applied to the two parts of its input apart, it never sees K * t rows.
+        of_time, of_resolution = self.projection.weight.split([self.dim, self.num_resolutions], dim=1)
+        time = nn.functional.linear(self.sinusoids(t), of_time, self.projection.bias)  # (t, C)
+        grid = time[:, None] + self.sinusoids(f)[None]  # (t, f, C)
+        return self.gate * (
+            grid + self.filters[None, :, None, None, None] + of_resolution.t()[:, None, None, None, None]
+        )
+
+
+class CATResolutionExchange(nn.Module):
+    """Attention between the K resolutions of one filter at one time and frequency (Sec. III-A).
+
+    Its output is only ever needed summed over the resolutions, and the output projection is linear: so it projects the
+    sum, and starts as zero.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.exchange_dim)
+        self.output = nn.Linear(config.exchange_dim, config.embed_dim)
+        self.output.initial_std = 0.0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(K, ..., C) -> (..., C), what the exchange adds to the sum of the resolutions."""
+        query, key, value = self.qkv(self.norm(tokens)).chunk(3, dim=-1)  # (K, ..., D)
+        scores = (query[:, None] * key[None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5  # (K, K, ..., 1)
+        # sum over queries of sum over keys of weight * value
+        received = (scores.softmax(dim=1).sum(0) * value).sum(0)
+        return self.output(received)
+
+
+class CATStem(nn.Module):
+    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, then patches of them.
+
+    What it adds to the patch embedding starts as zero.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        width = config.embed_dim // 2
+        channels = [config.num_resolutions] + [width] * config.stem_depth
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(channels, channels[1:])
+        )
+        for convolution in self.convolutions:
+            convolution.initial_std = (2 / convolution.weight[0].numel()) ** 0.5  # He et al., 2015
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in channels[1:])
+        self.output = nn.Conv2d(width, config.embed_dim, tuple(config.patch_size), stride=tuple(config.patch_size))
+        self.output.initial_std = 0.0
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, K, T, F), mask (B, T) -> (B, t, f, C)."""
+        for convolution, norm in zip(self.convolutions, self.norms):
+            features = self.activation(norm(convolution(features).permute(0, 2, 3, 1)))
+            features = zero_padding(features, frame_mask).permute(0, 3, 1, 2)
+        return self.output(pad_time(features, self.output.stride[0], 2)).permute(0, 2, 3, 1)
+
+
+class CATEmbeddings(nn.Module):
+    """Patches of the normalised MRMF, aggregated over the resolutions (Sec. III-A): one token map for each filter.
+
+    A patch spans all K resolutions of one filter, so its projection is a K-channel convolution with stride, shared by
+    the filters. That is the sum of K one-channel projections, and the position embedding and the exchange between the
+    resolutions act before the sum.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        self.patch_size = tuple(config.patch_size)
+        self.shape = (config.num_filters, config.num_resolutions, config.num_bins)
+        self.projection = nn.Conv2d(config.num_resolutions, config.embed_dim, self.patch_size, stride=self.patch_size)
+        # Tokens of unit variance, beside which the sinusoids neither drown nor are drowned.
+        self.projection.initial_std = self.projection.weight[0].numel() ** -0.5
+        self.position = CATPositionEmbedding(config) if config.use_position_embedding else None
+        self.exchange = CATResolutionExchange(config) if config.exchange_dim and config.num_resolutions > 1 else None
+        self.stem = CATStem(config) if config.stem_depth else None
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
+        features = features.unflatten(2, self.shape).permute(2, 0, 3, 1, 4)  # (G, B, K, T, F)
+        offset = 0
+        if self.position is not None or self.exchange is not None:
+            tokens = self.tokens_of_resolutions(features)  # (K, G, B, t, f, C)
+            if self.position is not None:
+                tokens = tokens + self.position(*tokens.shape[3:5])
+            if self.exchange is not None:
+                offset = self.exchange(tokens)
+            tokens = tokens.sum(0)
+        else:
+            tokens = self.tokens_of_resolutions(features).sum(0)
+        tokens = tokens + self.projection.bias + offset
+        if self.stem is not None:
+            mask = None if frame_mask is None else frame_mask.repeat(features.shape[0], 1)
+            tokens = tokens + self.stem(features.flatten(0, 1), mask).unflatten(0, features.shape[:2])
+        return self.dropout(self.norm(tokens))
+
+    def tokens_of_resolutions(self, features: torch.Tensor) -> torch.Tensor:
+        """The K one-channel projections: (G, B, K, T, F) -> (K, G, B, t, f, C), without the bias."""
+        time, bins = self.patch_size
+        features = pad_time(features, time, 3)
+        patches = features.unflatten(4, (-1, bins)).unflatten(3, (-1, time))  # (G, B, K, t, time, f, bins)
+        patches = patches.permute(2, 0, 1, 3, 5, 4, 6)  # (K, G, B, t, f, time, bins)
+        kernels = self.projection.weight.permute(1, 2, 3, 0).flatten(1, 2)  # (K, time * bins, C)
+        return torch.bmm(patches.reshape(kernels.shape[0], -1, time * bins), kernels).unflatten(1, patches.shape[1:5])
+
+
+# Trunk
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot products of (B, H, N, D) queries, keys and values -> (B, N, H, D) and the weights (B, H, N, N)."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class CATRelativePositionBias(nn.Module):
+    """Swin's learned bias for each head and offset within a window."""
+
+    def __init__(self, window: tuple[int, int], num_heads: int):
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.register_buffer("index", relative_position_index(window), persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        """-> (heads, tokens, tokens)."""
+        tokens = self.window[0] * self.window[1]
+        return self.table[self.index].view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+class CATAttention(nn.Module):
+    """Acoustic attention (Fig. 1): the heads are divided evenly between the filters, with separate dot products.
+
+    The heads of filter g take queries, keys and values from its own stream; `qkv[g]` holds their rows of what would be
+    the one dense matrix of plain Swin attention. The heads are concatenated and projected together.
+    """
+
+    def __init__(self, config: CATConfig, stage: int):
+        super().__init__()
+        width = config.stage_width(stage)
+        self.config = config
+        self.num_heads = config.num_heads[stage]
+        self.head_dim = width // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.window = config.window_shape(stage)
+        self.qkv = nn.ModuleList(
+            nn.Linear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
+        )
+        self.output = nn.Linear(width, width)
+        # Global attention takes positions from the embedding alone, as in AST: its window has no fixed size.
+        self.position_bias = CATRelativePositionBias(self.window, self.num_heads) if self.window else None
+
+    def forward(
+        self,
+        streams: torch.Tensor,
+        shift: tuple[int, int],
+        mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            streams: (G, B, t, f, C), normalised.
+            shift: Cyclic shift of the windows along (t, f).
+            mask: From `attention_mask_of_windows`.
+
+        Returns:
+            (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
+        """
+        _, b, t, f, c = streams.shape
+        window = self.window or (t, f)
+        # (B, t, f, G, 3, heads of a filter * D)
+        qkv = torch.stack([project(stream) for project, stream in zip(self.qkv, streams)], dim=3)
+        qkv = pad_time(qkv.flatten(3), window[0], 1)
+        padded = qkv.shape[1]
+        if shift != (0, 0):
+            qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+        qkv = window_partition(qkv, window)  # (B, windows, N, G * 3 * heads of a filter * D)
+        windows, tokens = qkv.shape[1:3]
+        qkv = qkv.view(b, windows, tokens, len(self.qkv), 3, -1, self.head_dim).permute(4, 0, 1, 3, 5, 2, 6)
+        # Windows and heads share a dimension, so that a bias that all clips have in common is held once.
+        query, key, value = qkv.reshape(3, b, windows * self.num_heads, tokens, self.head_dim)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            self.bias(mask, windows),
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # (B, N, windows * heads, D)
+        output = output.view(b, tokens, windows, c).transpose(1, 2)
+        output = window_reverse(output.contiguous(), window, padded, f)
+        if shift != (0, 0):
+            output = output.roll(shift, (1, 2))
+        if weights is not None:
+            weights = weights.view(b * windows, self.num_heads, tokens, tokens)
+        return self.output(output[:, :t]), weights
+
+    def bias(self, mask: torch.Tensor | None, windows: int) -> torch.Tensor | None:
+        """Position bias and mask as one tensor (B or 1, windows * heads, tokens, tokens)."""
+        if self.position_bias is None:
+            return None if mask is None else mask.repeat_interleave(self.num_heads, 1)
+        bias = self.position_bias()
+        bias = bias.expand(1, windows, *bias.shape) if mask is None else bias + mask[:, :, None]
+        return bias.flatten(1, 2)
+
+
+class CATMLP(nn.Sequential):
+    """Two linear maps with an activation between them."""
+
+    def __init__(self, config: CATConfig, width: int):
+        hidden = int(config.mlp_ratio * width)
+        super().__init__(nn.Linear(width, hidden), ACT2FN[config.hidden_act], nn.Linear(hidden, width))
+
+
+class CATDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for some clips of a batch."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * keep / (1 - self.rate)
+
+
+class CATBlock(GradientCheckpointingLayer):
+    """h + attention(LN(h + delta_g)), then h + MLP(LN(h)): Swin's block, but for the streams that attention reads."""
+
+    def __init__(self, config: CATConfig, stage: int, drop_path_rate: float):
+        super().__init__()
+        width, kernel = config.stage_width(stage), config.depthwise_kernel_size
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
+        if kernel:
+            self.depthwise.initial_std = 0.0
+        self.norm_attention = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = CATAttention(config, stage)
+        self.norm_mlp = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = CATMLP(config, width)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = CATDropPath(drop_path_rate)
+
+    def forward(
+        self,
+        trunk: torch.Tensor,
+        offsets: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        shift: tuple[int, int],
+        window_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Trunk (B, t, f, C), offsets (G, B, t, f, C) -> trunk, attention weights."""
+        if self.depthwise is not None:
+            local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            trunk = trunk + self.drop_path(local)
+        streams = self.norm_attention(join_streams(trunk, offsets))
+        attended, weights = self.attention(streams, shift, window_mask, **kwargs)
+        trunk = trunk + self.drop_path(self.dropout(attended))
+        trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
+        return trunk, weights
+
+
+class CATPatchMerging(nn.Module):
+    """Swin's merging of 2x2 tokens, for each filter's stream; the merged streams are split into trunk and offsets."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(
+        self, trunk: torch.Tensor, offsets: torch.Tensor | None, token_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, t, f, C) and (G, B, t, f, C) -> (B, t / 2, f / 2, 2 C) and (G, B, t / 2, f / 2, 2 C)."""
+        # Zero stands in for what is not there, so that a token beside padding is what it is at the end of a batch.
+        streams = zero_padding(join_streams(trunk, offsets), token_mask)
+        streams = pad_time(pad_time(streams, 2, 2), 2, 3)
+        quads = [streams[:, :, row::2, column::2] for column in range(2) for row in range(2)]
+        return split_streams(self.reduction(self.norm(torch.cat(quads, dim=-1))))
+
+
+class CATStage(nn.Module):
+    """Blocks of one resolution, every other one with shifted windows, then patch merging (but in the last stage)."""
+
+    def __init__(self, config: CATConfig, stage: int, drop_path_rates: list[float]):
+        super().__init__()
+        last = stage == len(config.depths) - 1
+        self.window = config.window_shape(stage)
+        self.shift = (0, 0)
+        # The last stage's window spans the audio of the design length, so that it needs no shift. Whether to shift
+        # must not depend on the length itself, or a clip would be treated otherwise in a batch with longer ones.
+        if self.window and not last:
+            self.shift = (self.window[0] // 2, self.window[1] // 2 if config.stage_bins(stage) > self.window[1] else 0)
+        self.blocks = nn.ModuleList(CATBlock(config, stage, rate) for rate in drop_path_rates)
+        self.merging = None if last else CATPatchMerging(config.stage_width(stage))
+
+    def forward(
+        self,
+        trunk: torch.Tensor,
+        offsets: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Trunk (B, t, f, C), offsets (G, B, t, f, C), mask (B, t) -> trunk, offsets, weights of the last block."""
+        size = (trunk.shape[1], trunk.shape[2])
+        window = self.window or size
+        still = attention_mask_of_windows(token_mask, size, window, (0, 0), trunk)
+        shifted = still
+        if self.shift != (0, 0) and len(self.blocks) > 1:
+            shifted = attention_mask_of_windows(token_mask, size, window, self.shift, trunk)
+        weights = None
+        for index, block in enumerate(self.blocks):
+            shift, mask = (self.shift, shifted) if index % 2 else ((0, 0), still)
+            trunk, weights = block(trunk, offsets, token_mask, shift, mask, **kwargs)
+        if self.merging is not None:
+            trunk, offsets = self.merging(trunk, offsets, token_mask)
+        return trunk, offsets, weights
+
+
+# Models
+
+
+class CATPreTrainedModel(PreTrainedModel):
+    """Initial weights and what transformers needs to know of the architecture."""
+
+    config: CATConfig
+    base_model_prefix = "cat"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CATEmbeddings", "CATStage"]
+    _supports_sdpa = True
+    _supports_flash_attn = False  # its kernels take no dense additive bias
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CATStage, index=0),
+        "attentions": OutputRecorder(CATStage, index=2),
+    }
+    _input_embed_layer = "projection"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Children come before their parents, and what is initialised once stays: so a layer that needs another spread
+        # than `initializer_range` carries it.
+        initial_std = getattr(module, "initial_std", None)
+        if initial_std is not None:
+            init.normal_(module.weight, std=initial_std)
+            init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        if isinstance(module, MRMFSpectrogram):
+            for name, constant in module.constants().items():
+                init.copy_(getattr(module, name), constant)
+        elif isinstance(module, CATFeatureNorm):
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, CATPositionEmbedding):
+            init.normal_(module.filters, std=self.config.initializer_range)
+            init.ones_(module.gate)
+        elif isinstance(module, CATRelativePositionBias):
+            init.trunc_normal_(module.table, std=self.config.initializer_range)
+            init.copy_(module.index, relative_position_index(module.window))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.projection
+
+
+class CATModel(CATPreTrainedModel):
+    """The acoustic Swin encoder, from waveforms or MRMF spectrograms to the latent Z."""
+
+    def __init__(self, config: CATConfig):
+        super().__init__(config)
+        self.mrmf = MRMFSpectrogram(**{name: getattr(config, name) for name in MRMF_ARGUMENTS})
+        self.feature_norm = CATFeatureNorm(config.feature_size)
+        self.embeddings = CATEmbeddings(config)
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
+        self.stages = nn.ModuleList()
+        for stage, depth in enumerate(config.depths):
+            before = sum(config.depths[:stage])
+            self.stages.append(CATStage(config, stage, rates[before : before + depth]))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def features(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding."""
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            # A mask costs time; looking at its values would break a graph that is being traced.
+            if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+                attention_mask = None
+        if input_values.ndim == 2:
+            return self.mrmf(input_values, attention_mask)
+        if input_values.ndim != 3 or input_values.shape[2] != self.config.feature_size:
+            raise ValueError(
+                f"`input_values` has shape {tuple(input_values.shape)}, but must be MRMF features (clips, frames, "
+                f"{self.config.feature_size}) or waveforms (clips, samples). Make them with a CATFeatureExtractor that "
+                "has this model's `filters`, `window_lengths` and `num_bins`."
+            )
+        return input_values, attention_mask
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CATModelOutput:
+        r"""
+        Args:
+            input_values (`torch.Tensor` of shape `(B, T, G * K * F)` or `(B, N)`): Spectrograms or waveforms, as
+                [`CATFeatureExtractor`] returns them with `do_mrmf=True` or `False`.
+            attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, N)`, *optional*): 1 where there is audio, 0 on
+                padding. What a clip is padded with, or batched with, does not change its output.
+
+        Raises:
+            ValueError: `input_values` is missing or has another shape.
+        """
+        if input_values is None:
+            raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
+        features, frame_mask = self.features(input_values, attention_mask)
+        features = self.feature_norm(features, frame_mask)
+        streams = self.embeddings(features.to(self.embeddings.projection.weight.dtype), frame_mask)
+        token_mask = any_of(frame_mask, self.config.patch_size[0])
+        trunk, offsets = split_streams(streams)
+        for stage in self.stages:
+            trunk, offsets, _ = stage(trunk, offsets, token_mask, **kwargs)
+            if stage.merging is not None:
+                token_mask = any_of(token_mask, 2)
+        tokens = self.norm(trunk)
+        return CATModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=self.pool(tokens, token_mask),
+            token_mask=token_mask,
+            normalized_features=features,
+            frame_mask=frame_mask,
+        )
+
+    @staticmethod
+    def pool(tokens: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Z: (B, t, f, C) -> (B, C), the mean over the tokens that hold audio."""
+        if token_mask is None:
+            return tokens.mean((1, 2))
+        weight = token_mask.to(tokens.dtype)
+        return (tokens.mean(2) * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+class CATForAudioClassification(CATPreTrainedModel):
+    """CAT with a linear head on Z, for single-label, multi-label and regression problems."""
+
+    # The losses are means over the batch. transformers would otherwise take a forward with **kwargs to divide by the
+    # number of items in an accumulated batch itself, and scale multi-label gradients wrongly.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CATConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cat = CATModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def freeze_feature_encoder(self) -> None:
+        """Stops the training of the embeddings; the trunk and the head go on."""
+        self.cat.embeddings.requires_grad_(False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_frame_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CATSequenceClassifierOutput:
+        r"""
+        Args:
+            input_values, attention_mask: As for [`CATModel`].
+            labels (`torch.Tensor`, *optional*): `(B,)` class indices, or `(B, num_labels)` floats: probabilities for
+                a `problem_type` of `"single_label_classification"` (as mixup makes them), 0 to 1 each for
+                `"multi_label_classification"`, targets for `"regression"`. Without a `problem_type` in the
+                configuration, it is inferred as everywhere in transformers.
+            output_frame_logits (`bool`, defaults to `False`): Also return the scores of each time step.
+        """
+        outputs = self.cat(input_values, attention_mask=attention_mask, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        frame_logits = self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None
+        return CATSequenceClassifierOutput(
+            loss=None if labels is None else self.classification_loss(logits, labels),
+            logits=logits,
+            frame_logits=frame_logits,
+            token_mask=outputs.token_mask if output_frame_logits else None,
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """l_theta of eq. (10)."""
+        if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
+            return nn.functional.cross_entropy(logits, labels.to(logits))
+        return self.loss_function(labels, logits, self.config)
+
+
+__all__ = ["CATForAudioClassification", "CATModel", "CATPreTrainedModel"]

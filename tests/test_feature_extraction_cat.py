@@ -1,0 +1,161 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoFeatureExtractor, DataCollatorWithPadding
+
+from transformers_cat import CATFeatureExtractor
+
+RATE = 32_000
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return CATFeatureExtractor()
+
+
+@pytest.fixture
+def clips():
+    rng = np.random.default_rng(0)
+    return [rng.uniform(-0.5, 0.5, size).astype(np.float32) for size in (16_000, 9_001, 100)]
+
+
+def test_shapes_mask_and_types(extractor, clips):
+    batch = extractor(clips, sampling_rate=RATE, return_tensors="pt")
+    assert batch["input_values"].shape == (3, 50, 384) and batch["input_values"].dtype == torch.float32
+    assert batch["attention_mask"].sum(1).tolist() == [50, 29, 1]
+    as_numpy = extractor(clips, sampling_rate=RATE)
+    assert isinstance(as_numpy["input_values"], np.ndarray)
+    np.testing.assert_array_equal(as_numpy["input_values"], batch["input_values"].numpy())
+    assert "attention_mask" not in extractor(clips, sampling_rate=RATE, return_attention_mask=False)
+
+
+def test_a_batch_is_its_clips(extractor, clips):
+    batch = extractor(clips, sampling_rate=RATE, return_tensors="pt")
+    unpadded = extractor(clips, sampling_rate=RATE, padding=False)["input_values"]
+    for index, clip in enumerate(clips):
+        alone = extractor(clip, sampling_rate=RATE, return_tensors="pt")["input_values"][0]
+        torch.testing.assert_close(batch["input_values"][index, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(unpadded[index], alone, atol=1e-5)
+        assert (batch["input_values"][index, len(alone) :] == 0).all()
+
+
+def test_every_kind_of_input_is_the_same_audio(extractor, clips):
+    clip = clips[0]
+    expected = extractor(clip, sampling_rate=RATE)["input_values"]
+    inputs = [
+        clip.astype(np.float64),
+        clip.tolist(),
+        torch.from_numpy(clip),
+        [torch.from_numpy(clip)],
+        [clip.tolist()],
+        clip[None],
+        torch.from_numpy(clip)[None],
+        np.repeat(clip, 2)[::2],
+        torch.from_numpy(clip).requires_grad_(),
+    ]
+    for same in inputs:
+        np.testing.assert_allclose(extractor(same, sampling_rate=RATE)["input_values"], expected, atol=1e-5)
+    read_only = clip.copy()
+    read_only.flags.writeable = False
+    np.testing.assert_array_equal(extractor(read_only, sampling_rate=RATE)["input_values"], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32])
+def test_integer_pcm_is_scaled_by_its_dtype(extractor, dtype):
+    levels = np.array([-64, -32, 0, 32, 64] * 1000)
+    info = np.iinfo(dtype)
+    scaled = levels * (2 ** (info.bits - 8)) + (128 if info.min == 0 else 0)
+    features = extractor(scaled.astype(dtype), sampling_rate=RATE)["input_values"]
+    np.testing.assert_allclose(features, extractor(levels / 128, sampling_rate=RATE)["input_values"], atol=1e-5)
+
+
+def test_padding_and_truncation(extractor, clips):
+    to_length = extractor(clips, sampling_rate=RATE, padding="max_length", max_length=32_000)
+    assert to_length["input_values"].shape[1] == 100
+    cut = extractor(clips, sampling_rate=RATE, max_length=3_200, truncation=True)
+    assert cut["input_values"].shape[1] == 10 and cut["attention_mask"].sum(1).tolist() == [10, 10, 1]
+    assert extractor(clips, sampling_rate=RATE, max_length=3_200)["input_values"].shape[1] == 50  # nothing unasked
+    assert extractor(clips, sampling_rate=RATE, pad_to_multiple_of=6_400)["input_values"].shape[1] == 60
+    lists = extractor(clips, sampling_rate=RATE, padding=False)
+    assert [len(item) for item in lists["input_values"]] == [50, 29, 1]
+
+
+def test_waveforms_without_mrmf(clips):
+    batch = CATFeatureExtractor(do_mrmf=False)(clips, sampling_rate=RATE, return_tensors="pt")
+    assert batch["input_values"].shape == (3, 16_000)
+    assert batch["attention_mask"].sum(1).tolist() == [16_000, 9_001, 100]
+    np.testing.assert_array_equal(batch["input_values"][1, :9_001], clips[1])
+
+
+@pytest.mark.parametrize("do_mrmf", [True, False])
+def test_the_trainers_collator_pads_what_was_extracted(clips, do_mrmf):
+    extractor = CATFeatureExtractor(do_mrmf=do_mrmf)
+    rows = []
+    for label, clip in enumerate(clips):
+        features = extractor(clip, sampling_rate=RATE)
+        rows.append({name: value[0] for name, value in features.items()} | {"label": label})
+    collated = DataCollatorWithPadding(extractor)(rows)
+    expected = extractor(clips, sampling_rate=RATE, return_tensors="pt")
+    torch.testing.assert_close(collated["input_values"], expected["input_values"], atol=1e-5, rtol=1e-5)
+    assert (collated["attention_mask"] == expected["attention_mask"]).all()
+
+
+@pytest.mark.parametrize(
+    "audio, rate, message",
+    [
+        (np.zeros(100), 44_100, r"44100 Hz.*32000 Hz.*load_audio"),
+        (np.zeros((16_000, 2)), RATE, r"\(16000, 2\).*2 channels"),
+        ([np.zeros((16_000, 2))], RATE, r"Clip 0 has shape \(16000, 2\).*mono"),
+        (np.zeros((2, 3, 4)), RATE, r"\(2, 3, 4\)"),
+        (np.zeros(0), RATE, "Clip 0 is empty"),
+        ([np.zeros(10), []], RATE, "Clip 1 is empty"),
+        ([], RATE, "batch is empty"),
+        (np.array([0.0, np.nan]), RATE, "Clip 0 contains NaN"),
+        ([np.zeros(9), np.array([np.inf, 0.0])], RATE, "Clip 1 contains NaN or infinite"),
+        (np.array([1e300, 0.0]), RATE, "infinite"),
+        (np.array([20_000.0, 0.0]), RATE, "20000.*full scale is 1"),
+        (np.array([1, 2, 3], dtype=np.int64), RATE, "int64"),
+        (np.array([True, False]), RATE, "bool"),
+        (np.array([1j, 0]), RATE, "complex"),
+        ("dog.wav", RATE, "str.*load_audio"),
+        (["a", "b"], RATE, "dtype"),
+        ([[0.1, 0.2], 0.3], RATE, "Clip 1"),
+        ([[0.1, [0.2]]], RATE, "Clip 0 is not a waveform"),
+        (np.float32(0.5), RATE, "float32"),
+        (None, RATE, "NoneType"),
+    ],
+)
+def test_bad_input_is_refused_by_name(extractor, audio, rate, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        extractor(audio, sampling_rate=rate)
+
+
+def test_a_missing_rate_is_a_warning(extractor, clips, caplog):
+    extractor(clips)
+    assert "sampling_rate" in caplog.text
+
+
+def test_round_trip_through_json(tmp_path):
+    extractor = CATFeatureExtractor(filters=("mel",), num_bins=32, do_mrmf=False)
+    extractor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert not any(isinstance(value, (list, dict)) and len(value) > 3 for value in written.values())
+    again = AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert isinstance(again, CATFeatureExtractor) and again.to_dict() == extractor.to_dict()
+    with_mrmf = CATFeatureExtractor.from_pretrained(tmp_path, do_mrmf=True)
+    assert with_mrmf.feature_size == 96
+    assert with_mrmf(np.zeros(3_200), sampling_rate=RATE)["input_values"].shape == (1, 10, 96)
+
+
+def test_travels_to_data_workers(extractor, clips):
+    again = pickle.loads(pickle.dumps(extractor))
+    expected = extractor(clips, sampling_rate=RATE)["input_values"]
+    np.testing.assert_array_equal(again(clips, sampling_rate=RATE)["input_values"], expected)
+
+
+def test_filter_banks_are_built_once(extractor, clips, monkeypatch):
+    monkeypatch.setattr("transformers_cat.mrmf.filter_bank", None)
+    extractor(clips, sampling_rate=RATE)

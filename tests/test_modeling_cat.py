@@ -1,0 +1,436 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import SwinConfig, SwinModel
+
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
+from transformers_cat.modeling_cat import (
+    CATAttention,
+    CATFeatureNorm,
+    CATPositionEmbedding,
+    attention_mask_of_windows,
+    split_streams,
+    window_partition,
+    window_reverse,
+)
+
+from .conftest import awaken, small_config
+
+RATE = 32_000
+
+
+def merge_filters(model: CATModel) -> CATModel:
+    """The single-stream model that reads one filter with all the heads of `model`."""
+    config = CATConfig.from_dict({**model.config.to_dict(), "filters": ("mel",)})
+    single = CATModel(config).eval()
+    state = {name: value for name, value in model.state_dict().items() if ".qkv." not in name}
+    for name, value in model.state_dict().items():
+        if ".attention.qkv.0." in name:  # (q, k, v) of each filter -> (q, k, v) of all heads
+            parts = [value, model.state_dict()[name.replace("qkv.0", "qkv.1")]]
+            state[name] = torch.cat([part.unflatten(0, (3, -1)) for part in parts], dim=1).flatten(0, 1)
+        if ".qkv." in name and ".exchange." in name:
+            state[name] = value
+    half = config.feature_size
+    for name in ("feature_norm.running_mean", "feature_norm.running_var"):
+        state[name] = state[name][:half]
+    state["embeddings.position.filters"] = state["embeddings.position.filters"][:1]
+    single.load_state_dict(state)
+    return single
+
+
+def test_equal_filters_give_the_plain_single_stream():
+    torch.manual_seed(0)
+    model = awaken(CATModel(small_config())).eval()
+    with torch.no_grad():
+        model.embeddings.position.filters[1] = model.embeddings.position.filters[0]
+    features = torch.randn(2, 40, 1, 192)
+    both = model(features.expand(-1, -1, 2, -1).flatten(2))
+    single = merge_filters(model)(features.flatten(2))
+    torch.testing.assert_close(both.last_hidden_state, single.last_hidden_state, atol=1e-5, rtol=1e-5)
+    # and the filters do matter when they differ
+    other = model(torch.cat([features, features.roll(1, 1)], dim=2).flatten(2))
+    assert (other.last_hidden_state - both.last_hidden_state).abs().max() > 1e-2
+
+
+def test_first_block_heads_do_not_see_the_other_filter():
+    torch.manual_seed(0)
+    model = awaken(CATModel(small_config(depthwise_kernel_size=0))).eval()
+    heads = {}
+    for g, projection in enumerate(model.stages[0].blocks[0].attention.qkv):
+        projection.register_forward_hook(lambda module, args, output, g=g: heads.update({g: output}))
+    features = torch.randn(1, 16, 384, requires_grad=True)
+    model(features)
+    for g in range(2):
+        (gradient,) = torch.autograd.grad(heads[g].square().sum(), features, retain_graph=True)
+        gradient = gradient.view(1, 16, 2, 192)
+        assert (gradient[:, :, 1 - g] == 0).all()
+        assert gradient[:, :, g].abs().max() > 0
+
+
+def swin_of_cat(**arguments) -> tuple[SwinModel, CATModel]:
+    """A random SwinModel and a CATModel with G = 1, K = 3 and its weights."""
+    swin = SwinModel(SwinConfig(**arguments, hidden_dropout_prob=0.0, drop_path_rate=0.0)).eval()
+    awaken(swin)
+    config = CATConfig(
+        filters=("mel",),
+        num_bins=arguments["image_size"],
+        patch_size=(4, 4),
+        embed_dim=arguments["embed_dim"],
+        depths=tuple(arguments["depths"]),
+        num_heads=tuple(arguments["num_heads"]),
+        window_size=arguments["window_size"],
+        drop_path_rate=0.0,
+        layer_norm_eps=swin.config.layer_norm_eps,
+    )
+    cat = CATModel(config).eval()
+    nn.init.zeros_(cat.embeddings.position.gate)
+    cat.embeddings.projection.load_state_dict(swin.embeddings.patch_embeddings.projection.state_dict())
+    cat.embeddings.norm.load_state_dict(swin.embeddings.norm.state_dict())
+    cat.norm.load_state_dict(swin.layernorm.state_dict())
+    for theirs, ours in zip(swin.encoder.layers, cat.stages):
+        if ours.merging is not None:
+            ours.merging.load_state_dict(theirs.downsample.state_dict())
+        for their, our in zip(theirs.blocks, ours.blocks):
+            attention = dict(their.attention.state_dict())
+            for part in ("weight", "bias"):
+                qkv = torch.cat([attention[f"{name}_proj.{part}"] for name in "qkv"])
+                getattr(our.attention.qkv[0], part).data.copy_(qkv)
+                getattr(our.attention.output, part).data.copy_(attention[f"o_proj.{part}"])
+            our.attention.position_bias.table.data.copy_(
+                attention["relative_position_bias.relative_position_bias_table"]
+            )
+            our.norm_attention.load_state_dict(their.layernorm_before.state_dict())
+            our.norm_mlp.load_state_dict(their.layernorm_after.state_dict())
+            our.mlp[0].load_state_dict(their.mlp.fc1.state_dict())
+            our.mlp[2].load_state_dict(their.mlp.fc2.state_dict())
+    return swin, cat
+
+
+def test_trunk_is_transformers_swin():
+    torch.manual_seed(0)
+    swin, cat = swin_of_cat(image_size=64, embed_dim=16, depths=[2, 2, 2], num_heads=[2, 4, 8], window_size=4)
+    image = torch.randn(2, 3, 64, 64)
+    expected = swin(image)
+    cat.feature_norm.eps = 0.0  # a fresh norm is then the identity
+    ours = cat(image.permute(0, 2, 1, 3).flatten(2))
+    torch.testing.assert_close(ours.last_hidden_state.flatten(1, 2), expected.last_hidden_state, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_global_kernel_is_a_plain_encoder_block(attn_implementation):
+    torch.manual_seed(0)
+    config = CATConfig(
+        filters=("linear",),
+        embed_dim=32,
+        depths=(1,),
+        num_heads=(4,),
+        window_size=None,
+        attn_implementation=attn_implementation,
+    )
+    block = awaken(CATModel(config)).eval().stages[0].blocks[0]
+    plain = nn.TransformerEncoderLayer(
+        32, 4, 128, activation="gelu", batch_first=True, norm_first=True, layer_norm_eps=config.layer_norm_eps
+    ).eval()
+    plain.self_attn.in_proj_weight.data.copy_(block.attention.qkv[0].weight)
+    plain.self_attn.in_proj_bias.data.copy_(block.attention.qkv[0].bias)
+    plain.self_attn.out_proj.load_state_dict(block.attention.output.state_dict())
+    plain.norm1.load_state_dict(block.norm_attention.state_dict())
+    plain.norm2.load_state_dict(block.norm_mlp.state_dict())
+    plain.linear1.load_state_dict(block.mlp[0].state_dict())
+    plain.linear2.load_state_dict(block.mlp[2].state_dict())
+    tokens = torch.randn(2, 10, 4, 32)
+    ours, _ = block(tokens, None, None, (0, 0), None)
+    torch.testing.assert_close(ours.flatten(1, 2), plain(tokens.flatten(1, 2)), atol=1e-5, rtol=1e-5)
+
+
+def test_position_embedding_is_equation_3():
+    torch.manual_seed(0)
+    config = small_config()
+    position = awaken(CATPositionEmbedding(config))
+    table = position(7, 5)
+    assert table.shape == (3, 2, 1, 7, 5, 16)
+
+    def sinusoid(index):
+        waves = [(math.sin, math.cos)[i % 2](index / 10_000 ** (2 * (i // 2) / 16)) for i in range(16)]
+        return torch.tensor(waves)
+
+    for k in range(3):
+        for g in range(2):
+            for t in (0, 3, 6):
+                for f in (0, 4):
+                    onehot = nn.functional.one_hot(torch.tensor(k), 3).float()
+                    projected = position.projection(torch.cat([sinusoid(t), onehot]))
+                    expected = position.gate * (projected + sinusoid(f) + position.filters[g])
+                    torch.testing.assert_close(table[k, g, 0, t, f], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sum_of_resolutions_is_the_patch_convolution():
+    torch.manual_seed(0)
+    embeddings = awaken(CATModel(small_config())).embeddings
+    features = torch.randn(2, 3, 3, 40, 64)  # (G, B, K, T, F)
+    tokens = embeddings.tokens_of_resolutions(features).sum(0) + embeddings.projection.bias
+    expected = embeddings.projection(features.flatten(0, 1)).permute(0, 2, 3, 1).unflatten(0, (2, 3))
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_exchange_is_attention_over_the_resolutions():
+    torch.manual_seed(0)
+    exchange = awaken(CATModel(small_config())).embeddings.exchange
+    tokens = torch.randn(3, 2, 5, 16)
+    normed = exchange.norm(tokens).movedim(0, -2)  # (2, 5, K, C)
+    query, key, value = exchange.qkv(normed).chunk(3, -1)
+    attended = nn.functional.scaled_dot_product_attention(query, key, value)
+    # The projection of each resolution's output, summed, has the bias only once.
+    expected = (attended @ exchange.output.weight.T).sum(-2) + exchange.output.bias
+    torch.testing.assert_close(exchange(tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_added_to_swin_starts_as_the_identity():
+    torch.manual_seed(0)
+    full = CATModel(small_config())
+    plain = CATModel(small_config(depthwise_kernel_size=0, stem_depth=0, exchange_dim=0))
+    plain.load_state_dict(full.state_dict(), strict=False)
+    features = torch.randn(1, 24, 384)
+    torch.testing.assert_close(full.eval()(features).pooler_output, plain.eval()(features).pooler_output)
+
+
+@pytest.mark.parametrize("window", [(4, 4), (8, 2), (2, 8)])
+def test_windows_partition_and_reverse(window):
+    tokens = torch.arange(2 * 16 * 8 * 3.0).view(2, 16, 8, 3)
+    windows = window_partition(tokens, window)
+    assert windows.shape == (2, 128 // (window[0] * window[1]), window[0] * window[1], 3)
+    assert (windows[0, 0].view(*window, 3) == tokens[0, : window[0], : window[1]]).all()
+    assert (window_reverse(windows, window, 16, 8) == tokens).all()
+
+
+def test_shifted_windows_keep_what_is_apart_apart():
+    t, f, window, shift = 10, 8, (4, 4), (2, 2)
+    mask = attention_mask_of_windows(None, (t, f), window, shift, torch.zeros(()))
+    position = torch.arange(12 * f).view(1, 12, f, 1)  # 10 rows and 2 of padding
+    position = window_partition(position.roll((-2, -2), (1, 2)), window)[0, :, :, 0]
+    for here, row in zip(position, mask[0]):
+        for i, query in enumerate(here.tolist()):
+            for j, key in enumerate(here.tolist()):
+                near = abs(query // f - key // f) < 4 and abs(query % f - key % f) < 4
+                both_padding = query // f >= t and key // f >= t
+                same = near and (query // f < t) == (key // f < t)
+                assert (row[i, j] == 0) == (same or both_padding)
+
+
+def model_with(**overrides) -> CATForAudioClassification:
+    torch.manual_seed(0)
+    return awaken(CATForAudioClassification(small_config(**overrides))).eval()
+
+
+VARIANTS = {
+    "every part": {},
+    "global kernel": {"depths": (2,), "num_heads": (2,), "window_size": None},
+    "one filter": {"filters": ("linear",)},
+    "one resolution": {"window_lengths": (800,), "hop_lengths": (320,)},
+    "the paper's patches": {"patch_size": (1, 64), "depths": (2, 1), "num_heads": (2, 4), "window_size": 4},
+    "no position": {"use_position_embedding": False, "exchange_dim": 0},
+}
+
+
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_logits_do_not_depend_on_batch_mates(real_clips, overrides):
+    model = model_with(**overrides)
+    names = ("filters", "window_lengths", "hop_lengths")
+    extractor = CATFeatureExtractor(**{name: getattr(model.config, name) for name in names})
+    clips = [real_clips[0][:1_600], real_clips[1][:48_001], real_clips[2], real_clips[3][:100_000]]
+    with torch.no_grad():
+        together = model(**extractor(clips, sampling_rate=RATE, return_tensors="pt"), output_frame_logits=True)
+        for index, clip in enumerate(clips):
+            alone = model(**extractor(clip, sampling_rate=RATE, return_tensors="pt"), output_frame_logits=True)
+            torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-4, rtol=1e-4)
+            frames = alone.frame_logits.shape[1]
+            assert together.token_mask[index].sum() == frames
+            torch.testing.assert_close(
+                together.frame_logits[index, :frames], alone.frame_logits[0], atol=1e-4, rtol=1e-4
+            )
+    spread = (together.logits[0] - together.logits[1]).abs().max()
+    assert spread > 1e-3  # the clips are told apart at all
+
+
+def test_logits_do_not_depend_on_what_the_padding_holds(small_model, real_clips):
+    extractor = CATFeatureExtractor()
+    batch = extractor(real_clips[0][:40_000], sampling_rate=RATE, return_tensors="pt")
+    padded = nn.functional.pad(batch["input_values"], (0, 0, 0, 77), value=3.0)
+    mask = nn.functional.pad(batch["attention_mask"], (0, 77))
+    with torch.no_grad():
+        expected = small_model(**batch).logits
+        torch.testing.assert_close(small_model(padded, mask).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_waveforms_and_features_give_the_same_logits(small_model, real_clips):
+    clips = [clip[: 30_000 * (index + 1) + index] for index, clip in enumerate(real_clips)]
+    with torch.no_grad():
+        features = CATFeatureExtractor()(clips, sampling_rate=RATE, return_tensors="pt")
+        waveforms = CATFeatureExtractor(do_mrmf=False)(clips, sampling_rate=RATE, return_tensors="pt")
+        from_features, from_waveforms = small_model(**features).logits, small_model(**waveforms).logits
+    torch.testing.assert_close(from_waveforms, from_features, atol=1e-5, rtol=1e-5)
+
+
+def test_frame_logits_average_to_the_logits(small_model, real_clips):
+    batch = CATFeatureExtractor()(real_clips[0], sampling_rate=RATE, return_tensors="pt")
+    output = small_model(**batch, output_frame_logits=True)
+    torch.testing.assert_close(output.frame_logits.mean(1), output.logits, atol=1e-5, rtol=1e-5)
+    assert small_model(**batch).frame_logits is None
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 33, 1001])
+def test_any_length(small_model, frames):
+    with torch.no_grad():
+        assert torch.isfinite(small_model(torch.randn(1, frames, 384)).logits).all()
+
+
+def test_feature_norm_is_batch_norm_over_the_frames_that_hold_audio():
+    torch.manual_seed(0)
+    features = torch.randn(3, 20, 8) * 3 - 5
+    mask = torch.arange(20) < torch.tensor([20, 11, 4])[:, None]
+    norm, reference = CATFeatureNorm(8), nn.BatchNorm1d(8, affine=False)
+    output = norm(features, mask)
+    expected = reference(features[mask])
+    torch.testing.assert_close(output[mask], expected, atol=1e-5, rtol=1e-5)
+    assert (output[~mask] == 0).all()
+    # The first batch is the average; later ones enter at the momentum.
+    torch.testing.assert_close(norm.running_mean, features[mask].mean(0))
+    torch.testing.assert_close(norm.running_var, features[mask].var(0))
+    for _ in range(20):
+        norm(features, mask)
+    before = norm.running_mean.clone()
+    norm(features + 1, mask)
+    torch.testing.assert_close(norm.running_mean, before + 0.1)
+    norm.eval(), reference.eval()
+    reference.running_mean, reference.running_var = norm.running_mean, norm.running_var
+    torch.testing.assert_close(norm(features, mask)[mask], reference(features[mask]), atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_is_trained(real_clips):
+    model = model_with().train()
+    batch = CATFeatureExtractor()(real_clips, sampling_rate=RATE, return_tensors="pt")
+    model(**batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_with(drop_path_rate=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(1)
+        model(torch.randn(2, 40, 384), labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_losses_of_each_problem_type():
+    logits = None
+    features, soft = torch.randn(2, 16, 384), torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0, 1.0]])
+    for problem_type, labels in (
+        ("single_label_classification", torch.tensor([1, 4])),
+        ("single_label_classification", soft),
+        ("multi_label_classification", soft),
+        ("regression", soft),
+    ):
+        model = model_with(problem_type=problem_type)
+        output = model(features, labels=labels)
+        logits = output.logits
+        expected = {
+            "single_label_classification": nn.functional.cross_entropy,
+            "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
+            "regression": nn.functional.mse_loss,
+        }[problem_type](logits, labels)
+        torch.testing.assert_close(output.loss, expected)
+    inferred = model_with()
+    inferred(features, labels=torch.tensor([1, 4]))
+    assert inferred.config.problem_type == "single_label_classification"
+
+
+def test_hidden_states_and_attentions(small_model):
+    small_model.set_attn_implementation("eager")
+    output = small_model(torch.randn(2, 40, 384), output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [
+        (2, 10, 16, 16),
+        (2, 5, 8, 32),
+        (2, 3, 4, 64),
+        (2, 3, 4, 64),
+    ]
+    # windows of 8x8, 8x8 and 16x4 tokens
+    assert [tuple(weights.shape) for weights in output.attentions] == [
+        (2 * 4, 2, 64, 64),
+        (2 * 1, 4, 64, 64),
+        (2 * 1, 8, 64, 64),
+    ]
+    for weights in output.attentions:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+
+
+def test_eager_is_sdpa(small_model):
+    features = torch.randn(3, 50, 384)
+    mask = torch.arange(50) < torch.tensor([50, 31, 2])[:, None]
+    outputs = []
+    for implementation in ("eager", "sdpa"):
+        small_model.set_attn_implementation(implementation)
+        outputs.append(small_model(features, mask).logits)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_heads_of_a_filter_are_its_rows_of_the_dense_matrix():
+    torch.manual_seed(0)
+    config = small_config()
+    attention = CATAttention(config, stage=0).eval()
+    streams = torch.randn(2, 1, 8, 8, 16)
+    attention.output = nn.Identity()
+    output, _ = attention(streams, (0, 0), None)
+    changed, _ = attention(torch.stack([streams[0], streams[0]]), (0, 0), None)
+    assert (output[..., :8] == changed[..., :8]).all()  # the first filter's head
+    assert (output[..., 8:] != changed[..., 8:]).any()
+
+
+def test_split_streams_sum_to_nothing():
+    streams = torch.randn(2, 1, 3, 4, 5)
+    trunk, offsets = split_streams(streams)
+    torch.testing.assert_close(trunk + offsets, streams)
+    torch.testing.assert_close(offsets.sum(0), torch.zeros(1, 3, 4, 5), atol=1e-6, rtol=0)
+    assert split_streams(streams[:1])[1] is None
+
+
+@pytest.mark.parametrize("shape", [(2, 10, 383), (2, 10, 3, 384), (384,)])
+def test_wrong_features_are_refused_by_shape(small_model, shape):
+    with pytest.raises(ValueError, match=r"input_values.*\(clips, frames, 384\)"):
+        small_model(torch.zeros(shape))
+
+
+def test_missing_input_is_refused(small_model):
+    with pytest.raises(ValueError, match="input_values"):
+        small_model()
+
+
+def test_freezing_the_feature_encoder(small_model):
+    small_model.freeze_feature_encoder()
+    trained = {name.split(".")[1] for name, value in small_model.named_parameters() if value.requires_grad}
+    assert "embeddings" not in trained and "stages" in trained
+
+
+def test_the_default_sizes_stay_within_their_budget():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(**arguments):
+        torch.manual_seed(0)
+        model = CATModel(CATConfig(**arguments)).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 1000, model.config.feature_size))
+        return counter.get_total_flops()
+
+    tiny = flops()
+    assert tiny <= 13e9
+    # the exchange between the resolutions: at most 5 % of the encoder
+    assert tiny - flops(exchange_dim=0) <= 0.05 * tiny
+    # two filters: within a few per cent of one stream
+    assert tiny <= 1.10 * flops(filters=("mel",))
