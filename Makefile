@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	@test -d "$(DATA)" || { echo "No data folder $(DATA). Pass one in ESC-50's or UrbanSound8K's layout, or with a" \
-	  "sub-folder of recordings for each class: make demo DATA=/path/to/recordings"; exit 2; }
+	@test -d "$(DATA)" || { echo "No data folder $(DATA). Pass one in the layout of ESC-50 or UrbanSound8K," \
+	  "or with train/<class>/ and test/<class>/ sub-folders: make demo DATA=/path/to/recordings"; exit 2; }
 	$(BIN)/python examples/demo.py --data "$(DATA)" --epochs $(EPOCHS)
 
 test: $(VENV)/installed

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import SwinConfig, SwinModel
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
+from transformers_cat.causal import causal_loss, conditional_pns
 from transformers_cat.modeling_cat import (
     CATAttention,
     CATFeatureNorm,
@@ -330,6 +331,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
 
 
 def test_losses_of_each_problem_type():
+    """Of the classification part: the others have tests of their own."""
     logits = None
     features, soft = torch.randn(2, 16, 384), torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0, 1.0]])
     for problem_type, labels in (
@@ -346,10 +348,77 @@ def test_losses_of_each_problem_type():
             "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
             "regression": nn.functional.mse_loss,
         }[problem_type](logits, labels)
-        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(output.classification_loss, expected)
     inferred = model_with()
     inferred(features, labels=torch.tensor([1, 4]))
     assert inferred.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_objective_is_the_weighted_sum_of_its_parts(problem_type):
+    torch.manual_seed(0)
+    model = model_with(problem_type=problem_type, causal_loss_weight=0.3, reconstruction_loss_weight=2.0)
+    features = torch.randn(4, 40, 384)
+    mask = torch.arange(40) < torch.tensor([40, 31, 20, 4])[:, None]
+    labels = torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0, 1.0], [1.0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0]])
+    output = model(features, mask, labels=labels, output_reconstruction=True)
+    head = model.classifier
+    multi_label = problem_type == "multi_label_classification"
+    causal = causal_loss(output.pooler_output, head.weight, head.bias, labels, multi_label=multi_label)
+    torch.testing.assert_close(output.causal_loss, causal)  # the labels as they are, not their argmax
+    seen = model.spectrograms(model.cat(features, mask).normalized_features)
+    squares = (output.reconstruction - seen).square() * mask[:, None, None, :, None]
+    torch.testing.assert_close(output.reconstruction_loss, squares.sum() / (mask.sum() * 384))
+    expected = output.classification_loss + 0.3 * output.causal_loss + 2.0 * output.reconstruction_loss
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_objective_without_its_causal_parts_is_classification():
+    model = model_with(causal_loss_weight=0.0, reconstruction_loss_weight=0.0)
+    output = model(torch.randn(2, 16, 384), labels=torch.tensor([0, 1]))
+    assert output.loss is output.classification_loss
+    assert output.causal_loss is None and output.reconstruction_loss is None and model.reconstruction is None
+
+
+def test_inference_runs_nothing_of_the_objective(small_model, monkeypatch):
+    monkeypatch.setattr("transformers_cat.modeling_cat.causal_loss", None)
+    monkeypatch.setattr(small_model.reconstruction, "forward", None)
+    output = small_model(torch.randn(2, 16, 384))
+    assert set(output) == {"logits", "pooler_output"}
+
+
+def test_pns_of_each_feature_on_request(small_model):
+    features = torch.randn(4, 40, 384)
+    output = small_model(features, output_pns=True)
+    head = small_model.classifier
+    predicted = nn.functional.one_hot(output.logits.argmax(-1), 5).float()
+    expected = conditional_pns(output.pooler_output, head.weight, head.bias, predicted).clamp(min=0)
+    torch.testing.assert_close(output.pns, expected)
+    labels = torch.tensor([0, 1, 2, 3])
+    of_labels = small_model(features, labels=labels, output_pns=True).pns
+    assert (of_labels != output.pns).any() and (of_labels >= 0).all() and (of_labels < 1).all()
+
+
+def test_reconstruction_block_comes_and_goes_without_a_warning(tmp_path, small_model):
+    small_model.save_pretrained(tmp_path / "with")
+    arguments = {"output_loading_info": True}
+    without, report = CATForAudioClassification.from_pretrained(
+        tmp_path / "with", reconstruction_loss_weight=0.0, **arguments
+    )
+    assert without.reconstruction is None
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    features = torch.randn(2, 16, 384)
+    torch.testing.assert_close(without(features).logits, small_model(features).logits)
+    with pytest.raises(ValueError, match="reconstruction_loss_weight"):
+        without(features, output_reconstruction=True)
+    without.save_pretrained(tmp_path / "without")
+    again, report = CATForAudioClassification.from_pretrained(
+        tmp_path / "without", reconstruction_loss_weight=1.0, **arguments
+    )
+    assert not report["missing_keys"] and torch.isfinite(again.reconstruction.projection.weight).all()
+    small_model.drop_reconstruction()
+    small_model.save_pretrained(tmp_path / "dropped")
+    assert CATForAudioClassification.from_pretrained(tmp_path / "dropped").reconstruction is None
 
 
 def test_hidden_states_and_attentions(small_model):

@@ -46,8 +46,8 @@ def validate_mrmf(
     """Raises ValueError, with the values named, where the front end's arguments contradict each other."""
     if len(window_lengths) != len(hop_lengths) or len(window_lengths) == 0:
         raise ValueError(
-            f"`window_lengths` {tuple(window_lengths)} and `hop_lengths` {tuple(hop_lengths)} must have the same length, "
-            "at least 1: one hop for each window."
+            f"`window_lengths` {tuple(window_lengths)} and `hop_lengths` {tuple(hop_lengths)} must have the same "
+            "length, at least 1: one hop for each window."
         )
     if min(sampling_rate, frame_shift, num_bins, *window_lengths, *hop_lengths) < 1 or log_offset <= 0:
         raise ValueError(
@@ -119,6 +119,17 @@ class CATConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights.
 
+    Objective (eqs. 4-10), of training alone; see `causal.py`:
+
+        causal_loss_weight (`float`, defaults to 1): Weight of the causal loss l_c; 0 leaves it out.
+        causal_estimator (`str`, defaults to `"interventional"`): Or `"closed_form"`.
+        causal_form (`str`, defaults to `"log1p"`): Or `"literal"`, the logarithm as eq. 8 prints it.
+        causal_reduction (`str`, defaults to `"mean"`): Over the features; or `"sum"`, as eq. 8 prints it.
+        num_donors (`int` or `None`, defaults to 4): Clips of the batch from which the interventional estimator takes
+            replacement values; `None` is all of them.
+        reconstruction_loss_weight (`float`, defaults to 1): Weight of the reconstruction loss l_rs; 0 leaves it out,
+            and with it the reconstruction block.
+
     Raises:
         huggingface_hub.errors.StrictDataclassError: A value has the wrong type, or values contradict each other; the
             message names them.
@@ -126,7 +137,16 @@ class CATConfig(PreTrainedConfig):
 
     model_type = "causal-audio-transformer"
     attribute_map = {"num_attention_heads": "num_heads"}
-    keys_to_ignore_at_inference = ["frame_logits", "token_mask", "pooler_output"]
+    keys_to_ignore_at_inference = [
+        "classification_loss",
+        "causal_loss",
+        "reconstruction_loss",
+        "frame_logits",
+        "token_mask",
+        "pooler_output",
+        "pns",
+        "reconstruction",
+    ]
 
     sampling_rate: int = SAMPLING_RATE
     window_lengths: list[int] | tuple[int, ...] = WINDOW_LENGTHS
@@ -156,6 +176,13 @@ class CATConfig(PreTrainedConfig):
     drop_path_rate: float | int = 0.1
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+
+    causal_loss_weight: float | int = 1.0
+    causal_estimator: Literal["interventional", "closed_form"] = "interventional"
+    causal_form: Literal["log1p", "literal"] = "log1p"
+    causal_reduction: Literal["mean", "sum"] = "mean"
+    num_donors: int | None = 4
+    reconstruction_loss_weight: float | int = 1.0
 
     # Properties, not fields: a derived value in the JSON would go stale when its source is overridden.
     @property
@@ -205,13 +232,21 @@ class CATConfig(PreTrainedConfig):
         self._validate_stages()
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, not {self.num_labels}.")
+        if min(self.causal_loss_weight, self.reconstruction_loss_weight) < 0:
+            raise ValueError(
+                "`causal_loss_weight` and `reconstruction_loss_weight` must not be negative, not "
+                f"{self.causal_loss_weight} and {self.reconstruction_loss_weight}."
+            )
+        if self.num_donors is not None and self.num_donors < 1:
+            raise ValueError(f"`num_donors` must be at least 1, or None for all, not {self.num_donors}.")
 
     def _validate_patches(self) -> None:
         if len(self.patch_size) != 2 or min(self.patch_size) < 1:
             raise ValueError(f"`patch_size` must be two positive numbers, frames and bins, not {self.patch_size}.")
         if self.num_bins % self.patch_size[1]:
             raise ValueError(
-                f"`num_bins` {self.num_bins} must be a multiple of the patch's {self.patch_size[1]} bins (`patch_size`)."
+                f"`num_bins` {self.num_bins} must be a multiple of the patch's {self.patch_size[1]} bins "
+                f"(`patch_size` {self.patch_size})."
             )
         if min(self.embed_dim, self.exchange_dim + 1, self.stem_depth + 1) < 1:
             raise ValueError(

@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns, reconstruction_loss
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig
 from .mrmf import MRMFSpectrogram
 
@@ -49,18 +50,28 @@ class CATModelOutput(BaseModelOutputWithPooling):
 class CATSequenceClassifierOutput(SequenceClassifierOutput):
     """
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): With `labels`.
+        loss (`torch.FloatTensor` of shape `()`, *optional*): With `labels`: L of eq. 10, the weighted sum of the three.
+        classification_loss, causal_loss, reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): Its parts
+            l_theta, l_c and l_rs, each without its weight, as far as they are computed.
         logits (`torch.FloatTensor` of shape `(B, num_labels)`): Scores before softmax or sigmoid.
         frame_logits (`torch.FloatTensor` of shape `(B, t, num_labels)`, *optional*): With `output_frame_logits`: the
             head's scores of each time step; their mean over the steps that hold audio is `logits`.
         token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): With `output_frame_logits`: those steps.
         pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, the embedding that the head reads.
+        pns (`torch.FloatTensor` of shape `(B, d)`, *optional*): With `output_pns`: a lower bound, 0 to 1, of the
+            probability that each feature of Z is necessary and sufficient for the label.
+        reconstruction (`torch.FloatTensor` of shape `(B, G, K, T, F)`, *optional*): With `output_reconstruction`.
         hidden_states, attentions: As in [`CATModelOutput`].
     """
 
+    classification_loss: torch.FloatTensor | None = None
+    causal_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
     frame_logits: torch.FloatTensor | None = None
     token_mask: torch.BoolTensor | None = None
     pooler_output: torch.FloatTensor | None = None
+    pns: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
 
 
 # Windows: plain functions of shapes
@@ -138,7 +149,7 @@ def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 
 
 def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens X_g of each filter (G, B, t, f, C) -> trunk h, their mean, and offsets delta_g = X_g - h (None if G = 1)."""
+    """X_g (G, B, t, f, C) -> trunk h, their mean (B, t, f, C), and offsets delta_g = X_g - h, `None` if G = 1."""
     if streams.shape[0] == 1:
         return streams[0], None
     trunk = streams.mean(0)
@@ -694,22 +705,41 @@ class CATModel(CATPreTrainedModel):
 
 
 class CATForAudioClassification(CATPreTrainedModel):
-    """CAT with a linear head on Z, for single-label, multi-label and regression problems."""
+    """CAT with a linear head on Z, for single-label, multi-label and regression problems.
+
+    With labels, the loss is L = l_theta + w_c l_c + w_rs l_rs (eq. 10): classification, causal and reconstruction loss,
+    with the weights of the configuration. Without labels neither of the last two is computed.
+    """
 
     # The losses are means over the batch. transformers would otherwise take a forward with **kwargs to divide by the
     # number of items in an accumulated batch itself, and scale multi-label gradients wrongly.
     accepts_loss_kwargs = False
+    # The reconstruction block belongs to training: a checkpoint may lack it, and inference may leave it out.
+    _keys_to_ignore_on_load_missing = [r"^reconstruction\."]
+    _keys_to_ignore_on_load_unexpected = [r"^reconstruction\."]
 
     def __init__(self, config: CATConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.cat = CATModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.reconstruction = None
+        if config.reconstruction_loss_weight:
+            last = 2 ** (len(config.depths) - 1)
+            patch = (config.patch_size[0] * last, config.patch_size[1] * last)
+            self.reconstruction = ReconstructionHead(
+                config.hidden_size, config.num_filters, config.num_resolutions, patch
+            )
         self.post_init()
 
     def freeze_feature_encoder(self) -> None:
         """Stops the training of the embeddings; the trunk and the head go on."""
         self.cat.embeddings.requires_grad_(False)
+
+    def drop_reconstruction(self) -> None:
+        """Removes the reconstruction block, of which inference has no use, and its loss from the configuration."""
+        self.reconstruction = None
+        self.config.reconstruction_loss_weight = 0.0
 
     @can_return_tuple
     def forward(
@@ -718,6 +748,8 @@ class CATForAudioClassification(CATPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_frame_logits: bool = False,
+        output_pns: bool = False,
+        output_reconstruction: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CATSequenceClassifierOutput:
         r"""
@@ -728,25 +760,101 @@ class CATForAudioClassification(CATPreTrainedModel):
                 `"multi_label_classification"`, targets for `"regression"`. Without a `problem_type` in the
                 configuration, it is inferred as everywhere in transformers.
             output_frame_logits (`bool`, defaults to `False`): Also return the scores of each time step.
+            output_pns (`bool`, defaults to `False`): Also return how necessary and sufficient each feature of Z is for
+                the labels, or, without labels, for what the model predicts. The other clips of the batch are what the
+                feature is compared with, so a batch of one gives zeros.
+            output_reconstruction (`bool`, defaults to `False`): Also return the reconstructed MRMF.
+
+        Raises:
+            ValueError: A reconstruction is asked for of a model without the block.
         """
         outputs = self.cat(input_values, attention_mask=attention_mask, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
-        frame_logits = self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None
+        latents = outputs.pooler_output
+        logits = self.classifier(latents)
+        reconstruction = None
+        if output_reconstruction or (labels is not None and self.reconstruction is not None):
+            reconstruction = self.reconstruct(outputs)
         return CATSequenceClassifierOutput(
-            loss=None if labels is None else self.classification_loss(logits, labels),
+            **({} if labels is None else self.objective(outputs, logits, labels, reconstruction)),
             logits=logits,
-            frame_logits=frame_logits,
+            frame_logits=self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None,
             token_mask=outputs.token_mask if output_frame_logits else None,
-            pooler_output=outputs.pooler_output,
+            pooler_output=latents,
+            pns=self.pns(latents, logits, labels) if output_pns else None,
+            reconstruction=reconstruction if output_reconstruction else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def objective(
+        self,
+        outputs: CATModelOutput,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        reconstruction: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """L of eq. (10) as `loss`, and its parts by name."""
+        loss = classification = self.classification_loss(logits, labels)
+        parts = {"classification_loss": classification}
+        # The first call may infer the problem type, so the others follow. A regression has no event to cause.
+        if self.config.causal_loss_weight and self.config.problem_type != "regression":
+            parts["causal_loss"] = self.causal_loss(outputs.pooler_output, labels)
+            loss = loss + self.config.causal_loss_weight * parts["causal_loss"]
+        if self.reconstruction is not None:
+            target = self.spectrograms(outputs.normalized_features)
+            parts["reconstruction_loss"] = reconstruction_loss(reconstruction, target, outputs.frame_mask)
+            loss = loss + self.config.reconstruction_loss_weight * parts["reconstruction_loss"]
+        return {"loss": loss, **parts}
 
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """l_theta of eq. (10)."""
         if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
             return nn.functional.cross_entropy(logits, labels.to(logits))
         return self.loss_function(labels, logits, self.config)
+
+    def causal_loss(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """l_c, eq. (8)."""
+        return causal_loss(
+            latents,
+            self.classifier.weight,
+            self.classifier.bias,
+            class_targets(labels, self.num_labels),
+            estimator=self.config.causal_estimator,
+            num_donors=self.config.num_donors,
+            form=self.config.causal_form,
+            reduction=self.config.causal_reduction,
+            multi_label=self.config.problem_type == "multi_label_classification",
+        )
+
+    def pns(self, latents: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """max(0, U) of each feature for the labels, or for the prediction: (B, d)."""
+        multi_label = self.config.problem_type == "multi_label_classification"
+        if labels is not None:
+            targets = class_targets(labels, self.num_labels)
+        elif multi_label:
+            targets = (logits > 0).float()
+        else:
+            targets = class_targets(logits.argmax(-1), self.num_labels)
+        head = self.classifier
+        return conditional_pns(
+            latents, head.weight, head.bias, targets, num_donors=self.config.num_donors, multi_label=multi_label
+        ).clamp(min=0)
+
+    def reconstruct(self, outputs: CATModelOutput) -> torch.Tensor:
+        """Phi(f(X)) of eq. (7): the last token map -> (B, G, K, T, F)."""
+        if self.reconstruction is None:
+            raise ValueError(
+                "This model has no reconstruction block: its configuration has `reconstruction_loss_weight` 0. Load it "
+                "with a positive one, from a checkpoint that was trained with it."
+            )
+        return self.reconstruction(
+            outputs.last_hidden_state, outputs.normalized_features.shape[1], self.config.num_bins
+        )
+
+    def spectrograms(self, features: torch.Tensor) -> torch.Tensor:
+        """X of eq. (7): (B, T, G * K * F) -> (B, G, K, T, F)."""
+        shape = (self.config.num_filters, self.config.num_resolutions, self.config.num_bins)
+        return features.unflatten(2, shape).permute(0, 2, 3, 1, 4)
 
 
 __all__ = ["CATForAudioClassification", "CATModel", "CATPreTrainedModel"]

@@ -1,0 +1,549 @@
+#!/usr/bin/env python
+r"""Train and evaluate a Causal Audio Transformer on a folder, a CSV file or a data set of the Hub.
+
+From scratch, on one fold of ESC-10:
+
+    python examples/run_audio_classification.py --data ../shared/data/esc10 --test_folds 1 \
+        --config_name model_cards/cat-nano --output_dir runs/esc10 --do_train --do_eval
+
+`--model_name_or_path` starts from a checkpoint instead; `torchrun --nproc_per_node 2` trains in two processes; one
+argument that ends in .json is a file with all of them. The flags are those of Transformers' own script plus the ones
+of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`.
+
+The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
+`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it.
+
+Other models of `AutoModelForAudioClassification` run with `--mixup_probability 0 --time_mask 0 --freq_mask 0`: their
+losses may not take soft labels, and the masks need this package's features.
+"""
+
+import csv
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
+
+from transformers_cat import CATConfig, CATFeatureExtractor
+from transformers_cat.configuration_cat import MRMF_ARGUMENTS
+from transformers_cat.training import (
+    AudioCollator,
+    AudioTrainer,
+    align_labels,
+    as_multi_label,
+    compute_metrics_for,
+    decode_audio,
+    environment,
+    is_multi_label,
+    label_names,
+    load_audio_dataset,
+    main_metric,
+    plot_confusion_matrix,
+    plot_learning_curves,
+    split_folds,
+    validate_audio_files,
+)
+from transformers_cat.training.data import clip_name
+from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
+
+logger = logging.getLogger(__name__)
+
+SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from: a folder or an id on the Hub."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or id with a config.json; without a checkpoint, it is trained from scratch."},
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    feature_extractor_name: str | None = field(
+        default=None, metadata={"help": "Feature extractor, if it is not the checkpoint's or the configuration's own."}
+    )
+    freeze_feature_encoder: bool = field(
+        default=False, metadata={"help": "Call the model's freeze_feature_encoder() before training."}
+    )
+    attention_mask: bool = field(default=True, metadata={"help": "Whether the feature extractor returns masks."})
+    token: str | None = field(default=None, metadata={"help": "Token for private repositories of the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace the checkpoint's head where the number of classes differs."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which clips to train and evaluate on, and how they are augmented."""
+
+    data: str | None = field(
+        default=None,
+        metadata={"help": "A folder (ESC-50, UrbanSound8K or audio folder layout) or a CSV file."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Id of a data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(default=None, metadata={"help": "CSV file with the training clips."})
+    eval_file: str | None = field(default=None, metadata={"help": "CSV file with the test clips."})
+    train_split_name: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split_name: str | None = field(
+        default=None, metadata={"help": "Split to report on. Default: test if there is one, else validation."}
+    )
+    test_folds: list[int] | None = field(default=None, metadata={"help": "Given folds to report on."})
+    validation_folds: list[int] | None = field(default=None, metadata={"help": "Given folds to choose the epoch on."})
+    audio_column_name: str = field(default="audio", metadata={"help": "Column of the clips (CSV and Hub)."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the labels (CSV and Hub)."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={"help": "Default: multi-label if a clip has several labels.", "choices": list(PROBLEM_TYPES)},
+    )
+    on_bad_audio: str = field(
+        default="error",
+        metadata={"help": "What to do with missing and unreadable files.", "choices": ["error", "skip"]},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many clips, drawn by seed."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many clips, drawn by seed."})
+    max_length_seconds: float = field(
+        default=20.0, metadata={"help": "Training cuts longer clips to this length, at random; 0 never cuts."}
+    )
+    mixup_probability: float = field(default=0.5, metadata={"help": "Share of clips mixed with another; 0: no mixup."})
+    mixup_alpha: float = field(default=1.0, metadata={"help": "Mixing shares come from Beta(alpha, alpha)."})
+    time_roll: float = field(default=1.0, metadata={"help": "Largest cyclic shift, as a share of the clip; 0: none."})
+    gain_db: float = field(default=6.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
+    time_mask: int = field(default=96, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
+    freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})
+
+    def __post_init__(self):
+        sources = [name for name in ("data", "dataset_name", "train_file") if getattr(self, name)]
+        if self.eval_file and not self.train_file:
+            raise ValueError("--eval_file needs --train_file: both files together define the classes")
+        if len(sources) != 1:
+            raise ValueError(f"Give one of --data, --dataset_name, --train_file, not {' and '.join(sources) or 'none'}")
+
+
+def _recipe(name: str, default):
+    """A field of TrainingArguments with another default."""
+    return field(default=default, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
+
+
+@dataclass
+class RecipeArguments(TrainingArguments):
+    """TrainingArguments with the defaults of the recipe for small data sets."""
+
+    num_train_epochs: float = _recipe("num_train_epochs", 60.0)
+    per_device_train_batch_size: int = _recipe("per_device_train_batch_size", 16)
+    learning_rate: float = _recipe("learning_rate", 1e-3)
+    weight_decay: float = _recipe("weight_decay", 0.05)
+    lr_scheduler_type: SchedulerType | str = _recipe("lr_scheduler_type", "cosine")
+    warmup_steps: float = _recipe("warmup_steps", 0.1)
+    max_grad_norm: float = _recipe("max_grad_norm", 1.0)
+    eval_strategy: IntervalStrategy | str = _recipe("eval_strategy", "epoch")
+    save_strategy: SaveStrategy | str = _recipe("save_strategy", "epoch")
+    save_total_limit: int | None = _recipe("save_total_limit", 2)
+    logging_strategy: IntervalStrategy | str = _recipe("logging_strategy", "epoch")
+    remove_unused_columns: bool = _recipe("remove_unused_columns", False)
+    dataloader_num_workers: int = _recipe("dataloader_num_workers", 1)
+    dataloader_pin_memory: bool = _recipe("dataloader_pin_memory", torch.cuda.is_available())
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata=TrainingArguments.__dataclass_fields__["label_names"].metadata
+    )
+    seed: int = _recipe("seed", 0)
+    report_to: None | str | list[str] = _recipe("report_to", "none")
+
+
+@dataclass
+class Clips:
+    """The clips of a run: `splits` has train, validation and test as far as they exist."""
+
+    splits: DatasetDict
+    skipped: list[str]
+
+    @property
+    def some(self) -> Dataset:
+        """Some split, for what all have in common."""
+        return next(iter(self.splits.values()))
+
+    @property
+    def reported(self) -> Dataset | None:
+        """What the final number is about."""
+        return self.splits.get("test", self.splits.get("validation"))
+
+    @property
+    def watched(self) -> Dataset | None:
+        """What is evaluated during training."""
+        return self.splits.get("validation", self.splits.get("test"))
+
+    @property
+    def choose_epoch(self) -> bool:
+        """Whether there are clips that may choose the epoch without being reported on."""
+        return "validation" in self.splits and "test" in self.splits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+def load_clips(data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> Clips:
+    """Load, check and split the clips."""
+    # One process fills the caches that the others then read.
+    with args.main_process_first(desc="loading the data set"):
+        loaded = _load(data_args, model_args)
+    splits = _split(loaded, data_args, args)
+    limits = {"train": data_args.max_train_samples}
+    skipped = []
+    for name, split in splits.items():
+        limit = limits.get(name, data_args.max_eval_samples)
+        if limit is not None and limit < len(split):
+            split = split.shuffle(seed=args.seed).select(range(limit))
+        splits[name], bad = validate_audio_files(split, data_args.on_bad_audio)
+        skipped += bad
+    return Clips(splits, skipped)
+
+
+def _load(data_args: DataArguments, model_args: ModelArguments) -> Dataset | DatasetDict:
+    columns = {
+        "audio_column": data_args.audio_column_name,
+        "label_column": data_args.label_column_name,
+        "on_missing": data_args.on_bad_audio,
+    }
+    if data_args.train_file:
+        files = {"train": data_args.train_file, "test": data_args.eval_file}
+        parts = {split: load_audio_dataset(path, **columns) for split, path in files.items() if path}
+        names = label_names(parts["train"])
+        return DatasetDict({split: align_labels(part, names) for split, part in parts.items()})
+    if data_args.data:
+        if not Path(data_args.data).exists():
+            raise FileNotFoundError(f"--data {data_args.data} does not exist; for the Hub use --dataset_name")
+        return load_audio_dataset(data_args.data, **columns)
+    return load_audio_dataset(
+        data_args.dataset_name,
+        **columns,
+        name=data_args.dataset_config_name,
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+    )
+
+
+def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: TrainingArguments) -> DatasetDict:
+    """train, validation and test, as far as they exist, from folds or from named splits."""
+    folds = data_args.test_folds or data_args.validation_folds
+    if isinstance(loaded, DatasetDict) and len(loaded) == 1:  # one split is no split
+        loaded = next(iter(loaded.values()))
+    if isinstance(loaded, DatasetDict):
+        if folds:
+            raise ValueError(f"The data come with the splits {list(loaded)}: leave out the folds")
+        splits = _named_splits(loaded, data_args)
+    elif folds:
+        splits = split_folds(loaded, data_args.test_folds or (), data_args.validation_folds or ())
+    elif args.do_train or "fold" in loaded.column_names:
+        splits = DatasetDict(train=loaded)
+    else:
+        splits = DatasetDict(test=loaded)
+    if args.do_train and "train" not in splits:
+        raise ValueError("Every fold is held out; leave at least one to train on")
+    if args.do_eval and not {"test", "validation"} & set(splits):
+        given = (
+            f"the folds {sorted(set(loaded['fold']))}" if "fold" in loaded.column_names else "neither folds nor splits"
+        )
+        raise ValueError(
+            f"Nothing is held out for the evaluation; the data come with {given}. Give --test_folds or an --eval_file, "
+            "or train on everything with --eval_strategy no"
+        )
+    return splits
+
+
+def _named_splits(loaded: DatasetDict, data_args: DataArguments) -> DatasetDict:
+    test_name = data_args.eval_split_name or ("test" if "test" in loaded else "validation")
+    for flag, name in (("--train_split_name", data_args.train_split_name), ("--eval_split_name", test_name)):
+        if name not in loaded:
+            raise ValueError(f"The data have no split {name!r}, only {list(loaded)}; choose one with {flag}")
+    splits = {"train": loaded[data_args.train_split_name], "test": loaded[test_name]}
+    if "validation" in loaded and test_name != "validation":
+        splits["validation"] = loaded["validation"]
+    return DatasetDict(splits)
+
+
+def resolve_problem_type(requested: str | None, dataset: Dataset) -> str:
+    """The problem type, checked against the labels."""
+    if requested is None:
+        return MULTI_LABEL if is_multi_label(dataset) else SINGLE_LABEL
+    if requested == SINGLE_LABEL and is_multi_label(dataset):
+        raise ValueError(f"--problem_type {SINGLE_LABEL}, but clips have several labels: use {MULTI_LABEL}")
+    return requested
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
+def load_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """The configuration as it is stored."""
+    name = model_args.config_name or model_args.model_name_or_path
+    if name is None:
+        raise ValueError("Give a checkpoint as --model_name_or_path, or --config_name to train from scratch")
+    return AutoConfig.from_pretrained(name, **_hub_arguments(model_args))
+
+
+def choose_labels(config: PreTrainedConfig, names: list[str], from_scratch: bool, do_train: bool) -> list[str]:
+    """The classes of the model: the checkpoint's own, in its order, where they fit the data; else those of the data."""
+    known = [config.id2label[i] for i in range(config.num_labels)]
+    if from_scratch:
+        return names
+    if set(known) == set(names) or (not do_train and set(names) <= set(known)):
+        return known
+    if not do_train:
+        unknown = sorted(set(names) - set(known))
+        raise ValueError(f"The checkpoint does not know the classes {unknown[:5]}; evaluate it on its own classes")
+    return names
+
+
+def load_model(
+    model_args: ModelArguments, config: PreTrainedConfig, names: list[str], problem_type: str
+) -> PreTrainedModel:
+    """A model for the given classes, with a checkpoint's weights or new ones."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = problem_type  # never inferred: mixup's labels are floats in a single-label problem too
+    if model_args.model_name_or_path is None:
+        return AutoModelForAudioClassification.from_config(config, trust_remote_code=model_args.trust_remote_code)
+    return AutoModelForAudioClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        **_hub_arguments(model_args),
+    )
+
+
+def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):
+    """The named feature extractor, the checkpoint's, or one made from a CAT configuration."""
+    name = model_args.feature_extractor_name or model_args.model_name_or_path
+    if name is None and isinstance(config, CATConfig):
+        arguments = {argument: getattr(config, argument) for argument in MRMF_ARGUMENTS}
+        return CATFeatureExtractor(**arguments, return_attention_mask=model_args.attention_mask)
+    return AutoFeatureExtractor.from_pretrained(
+        name or model_args.config_name,
+        return_attention_mask=model_args.attention_mask,
+        **_hub_arguments(model_args),
+    )
+
+
+def _hub_arguments(model_args: ModelArguments) -> dict:
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+def write_predictions(path: Path, dataset: Dataset, scores: np.ndarray, names: list[str]) -> None:
+    """CSV with one clip per row: path, true label(s), most probable class and its probability."""
+    rows = dataset.with_format(None)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "predicted", "probability"])
+        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+            ids = row["label"] if isinstance(row["label"], list) else [row["label"]]
+            best = int(score.argmax())
+            label = ";".join(names[k] for k in ids)
+            writer.writerow([clip_name(row["audio"], i), label, names[best], f"{score[best]:.6f}"])
+
+
+def write_results(
+    path: Path,
+    metrics: dict,
+    clips: Clips,
+    names: list[str],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
+    """JSON with all that is needed to read the numbers and to repeat the run."""
+    model = {key: value for key, value in asdict(model_args).items() if key != "token"}
+    results = {
+        "metrics": metrics,
+        "clips": {name: len(split) for name, split in clips.splits.items()},
+        "skipped": clips.skipped,
+        "labels": names,
+        "arguments": {"model": model, "data": asdict(data_args), "training": args.to_dict()},
+        "environment": environment(),
+    }
+    path.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def evaluate(trainer: AudioTrainer, clips: Clips, names: list[str], problem_type: str) -> dict[str, float]:
+    """Predict the reported clips; write predictions and figures."""
+    output = trainer.predict(clips.reported, metric_key_prefix="eval")
+    trainer.log_metrics("eval", output.metrics)
+    trainer.save_metrics("eval", output.metrics)
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        write_predictions(folder / "predictions.csv", clips.reported, probabilities(logits, problem_type), names)
+        if problem_type == SINGLE_LABEL:
+            plot_confusion_matrix(output.label_ids, logits.argmax(-1), names, folder / "confusion_matrix.png")
+    return output.metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+    """Arguments from the command line or from a single .json file."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RecipeArguments))
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        model_args, data_args, args = parser.parse_json_file(argv[0])
+    else:
+        model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
+    if args.label_smoothing_factor and data_args.mixup_probability:
+        raise ValueError("--label_smoothing_factor needs class ids, but mixup makes soft labels; use one of the two")
+    if not (args.do_train or args.do_eval):
+        raise ValueError("Nothing to do: give --do_train, --do_eval or both")
+    return model_args, data_args, args
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """The main process reports; the others only warn."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("transformers_cat", __name__):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    datasets.utils.logging.set_verbosity_warning()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The named checkpoint, or the last one in the output folder."""
+    if args.resume_from_checkpoint:
+        return args.resume_from_checkpoint
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last:
+        logger.info("Resuming from %s; choose another --output_dir to start afresh.", last)
+    return last
+
+
+def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -> RecipeArguments:
+    """Evaluate during training only if there is something to evaluate; choose the epoch only by validation clips."""
+    if clips.watched is None:
+        args.eval_strategy = IntervalStrategy.NO
+    elif args.load_best_model_at_end:
+        if not clips.choose_epoch:
+            logger.warning("The epoch is chosen on the clips that are reported on: the result will be too good.")
+    elif clips.choose_epoch and args.do_train and args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
+        args.load_best_model_at_end = True
+        args.metric_for_best_model = args.metric_for_best_model or main_metric(problem_type)
+        # TrainingArguments derives this only from a metric that is named on the command line.
+        if args.greater_is_better is None:
+            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    return args
+
+
+def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:
+    """The collator with the augmentations of the command line."""
+    return AudioCollator(
+        feature_extractor,
+        training=training,
+        num_labels=num_labels,
+        mixup_probability=data_args.mixup_probability,
+        mixup_alpha=data_args.mixup_alpha,
+        time_roll=data_args.time_roll,
+        gain_db=data_args.gain_db,
+        time_mask=data_args.time_mask,
+        freq_mask=data_args.freq_mask,
+        max_length_seconds=data_args.max_length_seconds or None,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the script.
+
+    Args:
+        argv: command line without the program's name; by default that of the process.
+
+    Returns:
+        The metrics of training and evaluation.
+    """
+    model_args, data_args, args = parse_arguments(argv)
+    set_up_logging(args)
+    set_seed(args.seed)
+
+    clips = load_clips(data_args, model_args, args)
+    problem_type = resolve_problem_type(data_args.problem_type, clips.some)
+    config = load_config(model_args)
+    from_scratch = model_args.model_name_or_path is None
+    names = choose_labels(config, label_names(clips.some), from_scratch, args.do_train)
+    clips.splits = DatasetDict({key: align_labels(split, names) for key, split in clips.splits.items()})
+    if problem_type == MULTI_LABEL:
+        clips.splits = DatasetDict({key: as_multi_label(split) for key, split in clips.splits.items()})
+    for split, dataset in clips.splits.items():
+        logger.info("%s: %d clips", split, len(dataset))
+
+    feature_extractor = load_feature_extractor(model_args, config)
+    model = load_model(model_args, config, names, problem_type)
+    if model_args.freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    args = prepare_evaluation(args, clips, problem_type)
+
+    decoded = {key: decode_audio(split, feature_extractor.sampling_rate) for key, split in clips.splits.items()}
+    clips = dataclasses.replace(clips, splits=DatasetDict(decoded))
+    trainer = AudioTrainer(
+        model=model,
+        args=args,
+        data_collator=build_collator(data_args, feature_extractor, len(names), training=True),
+        eval_collator=build_collator(data_args, feature_extractor, len(names), training=False),
+        train_dataset=clips.splits["train"] if args.do_train else None,
+        eval_dataset=clips.watched,
+        compute_metrics=compute_metrics_for(problem_type),
+        processing_class=feature_extractor,
+    )
+
+    metrics = {}
+    if args.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if args.do_eval and clips.reported is not None:
+        metrics |= evaluate(trainer, clips, names, problem_type)
+    if args.do_train:
+        # What is saved here is for inference; the checkpoints beside it have the block, to resume with.
+        if hasattr(model, "drop_reconstruction"):
+            model.drop_reconstruction()
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        write_results(folder / "results.json", metrics, clips, names, model_args, data_args, args)
+        if args.do_train:
+            plot_learning_curves(trainer.state.log_history, folder / "learning_curve.png", main_metric(problem_type))
+    if args.push_to_hub:
+        trainer.push_to_hub(tasks="audio-classification", tags="audio-classification", dataset=data_args.dataset_name)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What only training needs: data sets, augmentation, metrics and reports.
+
+Nothing here is imported by the model or the feature extractor. It needs the `train` extra: datasets, evaluate,
+scikit-learn and matplotlib.
+"""
+
+from .collate import AudioCollator
+from .data import (
+    align_labels,
+    as_multi_label,
+    decode_audio,
+    is_multi_label,
+    label_names,
+    load_audio_dataset,
+    read_audiofolder,
+    read_csv,
+    read_esc50,
+    read_urbansound8k,
+    split_folds,
+    validate_audio_files,
+)
+from .metrics import Accuracy, DPrime, MeanAUC, MeanAveragePrecision, compute_metrics_for, main_metric
+from .report import environment, plot_confusion_matrix, plot_learning_curves
+from .trainer import AudioTrainer
+
+__all__ = [
+    "Accuracy",
+    "AudioCollator",
+    "AudioTrainer",
+    "DPrime",
+    "MeanAUC",
+    "MeanAveragePrecision",
+    "align_labels",
+    "as_multi_label",
+    "compute_metrics_for",
+    "decode_audio",
+    "environment",
+    "is_multi_label",
+    "label_names",
+    "load_audio_dataset",
+    "main_metric",
+    "plot_confusion_matrix",
+    "plot_learning_curves",
+    "read_audiofolder",
+    "read_csv",
+    "read_esc50",
+    "read_urbansound8k",
+    "split_folds",
+    "validate_audio_files",
+]

@@ -1,0 +1,192 @@
+"""From decoded clips to a batch: augmentation of waveforms, one call of the feature extractor, masks on features.
+
+All randomness comes from torch's global generator, which the Trainer seeds, data workers inherit and checkpoints
+store: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torchaudio.functional as audio_functional
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+# A time band never covers more of a clip than this, however short the clip is.
+MAX_MASKED_SHARE = 0.5
+
+
+@dataclass
+class AudioCollator:
+    """Collate `{"audio": waveform (N,), "label": ...}` into a batch for the model.
+
+    In training, in this order: a random crop, a cyclic time roll, a gain, mixup of waveforms and labels, the feature
+    extractor, SpecAugment. In evaluation: the feature extractor and nothing else.
+
+    A label is a class id, a list of class ids (several labels), or a row of float targets (num_labels,).
+
+    Args:
+        feature_extractor: a `CATFeatureExtractor`; any feature extractor of Transformers works with the masks off.
+        training: whether to augment.
+        num_labels: number of classes C.
+        mixup_probability: probability, per clip, of being mixed with another clip of the batch. The paper's 0.5.
+        mixup_alpha: the share of a mixed clip is drawn from Beta(alpha, alpha); 1 is uniform, as in the paper's
+            reference [29].
+        time_roll: largest cyclic shift, as a share of the clip's length.
+        gain_db: largest gain, up or down, in dB.
+        time_mask: bound on the width of SpecAugment's time band, in frames (10 ms); at most half of a clip.
+        freq_mask: bound on the width of SpecAugment's frequency band, in bins.
+        max_length_seconds: longer clips are cut to this length at a random place in training. Evaluation reads whole
+            clips.
+
+    A zero (or None for the length) switches an augmentation off.
+
+    Returns:
+        A dict with the extractor's outputs, `input_values` (B, T, D) and `attention_mask` (B, T), and `labels`: int64
+        (B,), or float32 (B, C) where a clip has several labels or mixup is on. Without labels in the examples, none.
+
+    Raises:
+        ValueError: an augmentation's value is out of range, or masks are asked for without features to mask.
+    """
+
+    feature_extractor: object
+    training: bool
+    num_labels: int
+    mixup_probability: float = 0.5
+    mixup_alpha: float = 1.0
+    time_roll: float = 1.0
+    gain_db: float = 6.0
+    time_mask: int = 96
+    freq_mask: int = 12
+    max_length_seconds: float | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.mixup_probability <= 1:
+            raise ValueError(f"mixup_probability is a probability, not {self.mixup_probability}")
+        if self.mixup_probability and self.mixup_alpha <= 0:
+            raise ValueError(f"mixup_alpha must be positive, not {self.mixup_alpha}; mixup_probability=0 is no mixup")
+        if not 0 <= self.time_roll <= 1:
+            raise ValueError(f"time_roll is a share of the clip in [0, 1], not {self.time_roll}")
+        for name in ("gain_db", "time_mask", "freq_mask"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.max_length_seconds is not None and self.max_length_seconds <= 0:
+            raise ValueError(f"max_length_seconds must be positive or None, not {self.max_length_seconds}")
+        masks = self.training and (self.time_mask or self.freq_mask)
+        if masks and not getattr(self.feature_extractor, "do_mrmf", False):
+            raise ValueError(
+                "SpecAugment needs the feature extractor's multi-resolution features: use a CATFeatureExtractor with "
+                "do_mrmf=True, or switch the masks off with time_mask=0 and freq_mask=0"
+            )
+        if masks and self.freq_mask > self.feature_extractor.num_bins:
+            raise ValueError(f"freq_mask={self.freq_mask} is wider than {self.feature_extractor.num_bins} bins")
+
+    def __call__(self, examples: Sequence[dict]) -> dict[str, Tensor]:
+        waveforms = [torch.as_tensor(example["audio"], dtype=torch.float32) for example in examples]
+        labels = self._labels([example["label"] for example in examples]) if "label" in examples[0] else None
+        if self.training:
+            waveforms = [self._roll(self._crop(waveform)) for waveform in waveforms]
+            waveforms, labels = self._gain_and_mixup(waveforms, labels)
+        batch = self.feature_extractor(
+            [waveform.numpy() for waveform in waveforms],
+            sampling_rate=self.feature_extractor.sampling_rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch = dict(batch)
+        if self.training and (self.time_mask or self.freq_mask):
+            batch["input_values"] = self._spec_augment(batch["input_values"], batch.get("attention_mask"))
+        if labels is not None:
+            batch["labels"] = labels
+        return batch
+
+    def _labels(self, labels: list) -> Tensor:
+        """Class ids (B,), or targets (B, C) where a clip may have several labels."""
+        if all(isinstance(label, int) or getattr(label, "ndim", None) == 0 for label in labels):
+            ids = torch.as_tensor([int(label) for label in labels])
+            self._check_ids(ids)
+            return ids
+        return torch.stack([self._target_row(torch.as_tensor(label)) for label in labels])
+
+    def _target_row(self, label: Tensor) -> Tensor:
+        if label.is_floating_point() and label.numel():
+            if label.shape != (self.num_labels,):
+                raise ValueError(f"A row of float targets has shape {tuple(label.shape)}, not ({self.num_labels},)")
+            return label.float()
+        self._check_ids(label)
+        return torch.zeros(self.num_labels).index_fill_(0, label.long(), 1.0)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_labels:
+            raise ValueError(
+                f"Labels {ids.tolist()} do not all lie in [0, {self.num_labels}), the classes of the model"
+            )
+
+    def _crop(self, waveform: Tensor) -> Tensor:
+        if self.max_length_seconds is None:
+            return waveform
+        length = round(self.max_length_seconds * self.feature_extractor.sampling_rate)
+        if len(waveform) <= length:
+            return waveform
+        start = int(torch.randint(len(waveform) - length + 1, ()))
+        return waveform[start : start + length]
+
+    def _roll(self, waveform: Tensor) -> Tensor:
+        if not self.time_roll:
+            return waveform
+        return waveform.roll(int(self.time_roll * len(waveform) * torch.rand(())))
+
+    def _gain_and_mixup(self, waveforms: list[Tensor], labels: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        lengths = torch.tensor([len(waveform) for waveform in waveforms])
+        stacked = pad_sequence(waveforms, batch_first=True)  # (B, N)
+        if self.gain_db:
+            decibels = self.gain_db * (2 * torch.rand(len(stacked), 1) - 1)
+            stacked = stacked * 10 ** (decibels / 20)
+        if self.mixup_probability and labels is not None:
+            if labels.ndim == 1:
+                labels = torch.nn.functional.one_hot(labels, self.num_labels).float()
+            stacked, lengths, labels = self._mixup(stacked, lengths, labels)
+        return [row[:length] for row, length in zip(stacked, lengths.tolist(), strict=True)], labels
+
+    def _mixup(self, waveforms: Tensor, lengths: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix (B, N) and (B, C) with the same shares; a mixed clip is as long as the longer of its two."""
+        size = len(waveforms)
+        if size == 1:
+            return waveforms, lengths, labels
+        mixed = torch.rand(size) < self.mixup_probability
+        share = torch.distributions.Beta(self.mixup_alpha, self.mixup_alpha).sample((size,))
+        share = torch.where(mixed, share, 1.0)[:, None]  # (B, 1)
+        # A cyclic shift by a random non-zero step: nobody is their own partner.
+        partner = (torch.arange(size) + torch.randint(1, size, ())) % size
+        return (
+            share * waveforms + (1 - share) * waveforms[partner],
+            torch.where(mixed, torch.maximum(lengths, lengths[partner]), lengths),
+            share * labels + (1 - share) * labels[partner],
+        )
+
+    def _spec_augment(self, input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Replace one time band and one frequency band per clip, the same in all filters and resolutions.
+
+        The value is each feature's mean over the valid frames of the batch, which the model's normalisation maps close
+        to zero; frames of padding are left alone.
+        """
+        size, frames, _ = input_values.shape
+        bins = self.feature_extractor.num_bins
+        features = input_values.view(size, frames, -1, bins)  # (B, T, G*K, F)
+        valid = torch.ones(size, frames) if attention_mask is None else attention_mask
+        valid = valid.bool()
+        mean = input_values[valid].mean(dim=0).view(-1, bins)  # (G*K, F)
+        keep = self._time_band(valid) & self._frequency_band(size, bins)  # (B, T, F)
+        masked = (~keep & valid[:, :, None])[:, :, None]  # (B, T, 1, F)
+        return torch.where(masked, mean, features).view_as(input_values)
+
+    def _time_band(self, valid: Tensor) -> Tensor:
+        """(B, T, 1), False in one band per clip, drawn within the clip's own frames."""
+        keep = torch.ones(*valid.shape, 1)
+        for clip, frames in zip(keep, valid.sum(dim=1).tolist(), strict=True):
+            clip[:frames] = audio_functional.mask_along_axis(clip[:frames], self.time_mask, 0.0, 0, MAX_MASKED_SHARE)
+        return keep.bool()
+
+    def _frequency_band(self, size: int, bins: int) -> Tensor:
+        """(B, 1, F), False in one band per clip."""
+        return audio_functional.mask_along_axis_iid(torch.ones(size, 1, bins), self.freq_mask, 0.0, 2).bool()

@@ -1,0 +1,509 @@
+"""Audio data sets as `datasets.Dataset`: readers of known layouts, folds, checks, lazy decoding.
+
+Every reader returns the columns `audio` (path of the clip), `label` and, where the data set has given folds, `fold`.
+`label` is a `ClassLabel`, or a list of them where a clip may have several labels. Nothing is decoded while reading:
+`decode_audio` attaches a transform that loads clips when the data loader asks for them, so a data set of any size
+needs the memory of one batch.
+"""
+
+import csv
+import io
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import soundfile
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+from ..audio import load_audio, resample
+
+logger = logging.getLogger(__name__)
+
+AUDIO_SUFFIXES = {f".{name}" for name in "wav flac ogg oga opus mp3 aif aiff au m4a aac wma webm".split()}
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval"),
+}
+LABEL_SEPARATOR = ";"
+LAYOUTS = (
+    "ESC-50 (meta/esc50.csv and audio/), UrbanSound8K (metadata/UrbanSound8K.csv and audio/foldN/), "
+    "an audio folder (train/<class>/..., test/<class>/..., or <class>/... alone), or a .csv file"
+)
+_NAMED_FILES = 5  # an error names this many files, then counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+# ---------------------------------------------------------------------------------------------------------------------
+def read_esc50(folder: str | Path, on_missing: str = "error") -> Dataset:
+    """Read a folder with the layout of ESC-50 (ESC-10 included): `meta/esc50.csv`, `audio/`.
+
+    Label ids are contiguous: the targets that occur, in increasing order; names are the categories.
+
+    Args:
+        folder: the data set's root.
+        on_missing: "error" (default) or "skip" rows whose file does not exist.
+
+    Returns:
+        A data set with the columns `audio`, `label`, `fold`.
+    """
+    folder = Path(folder)
+    rows = _read_rows(folder / "meta" / "esc50.csv", ("filename", "fold", "target", "category"))
+    paths = [folder / "audio" / row["filename"] for row in rows]
+    return _numbered_classes(rows, paths, "target", "category", on_missing)
+
+
+def read_urbansound8k(folder: str | Path, on_missing: str = "error") -> Dataset:
+    """Read a folder with the layout of UrbanSound8K: `metadata/UrbanSound8K.csv`, `audio/foldN/`.
+
+    The folds are those that the CSV lists, so a part of the data set with a shortened CSV reads as it is.
+
+    Args:
+        folder: the data set's root.
+        on_missing: "error" (default) or "skip" rows whose file does not exist.
+
+    Returns:
+        A data set with the columns `audio`, `label`, `fold`.
+    """
+    folder = Path(folder)
+    rows = _read_rows(folder / "metadata" / "UrbanSound8K.csv", ("slice_file_name", "fold", "classID", "class"))
+    paths = [folder / "audio" / f"fold{row['fold']}" / row["slice_file_name"] for row in rows]
+    return _numbered_classes(rows, paths, "classID", "class", on_missing)
+
+
+def read_audiofolder(folder: str | Path) -> Dataset | DatasetDict:
+    """Read class sub-folders, either alone or below `train/`, `validation/`, `test/`.
+
+    A clip's label is the name of its class folder; clips may lie deeper. Ids follow the sorted names (by value where
+    all names are numbers) over all splits together.
+
+    Returns:
+        A `DatasetDict` with the splits that exist, or one `Dataset` where there are no split folders.
+
+    Raises:
+        ValueError: no audio file was found.
+    """
+    folder = Path(folder)
+    splits = {
+        split: next((folder / name for name in names if (folder / name).is_dir()), None)
+        for split, names in SPLIT_FOLDERS.items()
+    }
+    roots = {split: root for split, root in splits.items() if root is not None} or {"train": folder}
+    found = {split: _labelled_files(root) for split, root in roots.items()}
+    for split, files in found.items():
+        if not files:
+            raise ValueError(
+                f"No audio file below {roots[split]}: expected one sub-folder per class with files of the types "
+                f"{', '.join(sorted(AUDIO_SUFFIXES))}"
+            )
+    names = _sorted_names(name for files in found.values() for _, name in files)
+    parts = {
+        split: _build([path for path, _ in files], [names.index(name) for _, name in files], names)
+        for split, files in found.items()
+    }
+    return parts["train"] if list(roots.values()) == [folder] else DatasetDict(parts)
+
+
+def read_csv(
+    path: str | Path,
+    audio_column: str = "audio",
+    label_column: str = "label",
+    on_missing: str = "error",
+) -> Dataset:
+    """Read a UTF-8 CSV file with one clip per row.
+
+    Several labels in a cell are separated by ";"; one such cell makes the whole data set multi-label. A column `fold`
+    of integers is kept.
+
+    Args:
+        path: the CSV file.
+        audio_column: column with the clips' paths, relative to the CSV file or absolute.
+        label_column: column with the labels.
+        on_missing: "error" (default) or "skip" rows whose file does not exist.
+
+    Returns:
+        A data set with the columns `audio`, `label` and, if given, `fold`.
+    """
+    path = Path(path)
+    rows = _read_rows(path, (audio_column, label_column))
+    paths = [path.parent / row[audio_column] for row in rows]
+    kept = _existing(paths, on_missing)
+    cells = [rows[i][label_column].strip() for i in kept]
+    names, labels = _encode_labels([_split_cell(cell) for cell in cells], path)
+    folds = [_fold_number(rows[i]["fold"], path) for i in kept] if "fold" in rows[0] else None
+    return _build([paths[i] for i in kept], labels, names, folds)
+
+
+def load_audio_dataset(
+    name_or_path: str | Path,
+    audio_column: str = "audio",
+    label_column: str = "label",
+    on_missing: str = "error",
+    **load_dataset_kwargs,
+) -> Dataset | DatasetDict:
+    """Load a data set from a folder or CSV file whose layout is recognised, or from the Hub.
+
+    Args:
+        name_or_path: a folder (ESC-50, UrbanSound8K, audio folder), a `.csv` file, or the id of a data set on the Hub.
+        audio_column: column of the clips in a CSV file or a data set of the Hub.
+        label_column: column of the labels in a CSV file or a data set of the Hub.
+        on_missing: "error" (default) or "skip" table rows whose file does not exist.
+        load_dataset_kwargs: passed to `datasets.load_dataset` for a data set of the Hub (name, revision, token, ...).
+
+    Returns:
+        A data set, or one per split, with the columns `audio`, `label` and, where known, `fold`. Clips from the Hub
+        are kept as `{"bytes", "path"}`.
+
+    Raises:
+        FileNotFoundError: neither a path nor a data set of the Hub.
+        ValueError: a folder whose layout is unknown.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return _read_folder(path, on_missing)
+    if path.is_file():
+        if path.suffix.lower() != ".csv":
+            raise ValueError(f"{path} is not a data set that can be read; known layouts: {LAYOUTS}")
+        return read_csv(path, audio_column, label_column, on_missing)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
+        raise FileNotFoundError(f"{name_or_path} does not exist; check the path of the data set")
+    try:
+        loaded = datasets.load_dataset(str(name_or_path), **load_dataset_kwargs)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path} is neither a file or folder here nor a data set on the Hub that can be reached; "
+            "check its spelling"
+        ) from error
+    return _from_hub(loaded, audio_column, label_column)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is done to a data set
+# ---------------------------------------------------------------------------------------------------------------------
+def split_folds(dataset: Dataset, test_folds: Sequence[int], validation_folds: Sequence[int] = ()) -> DatasetDict:
+    """Split by the given folds: `test`, `validation`, and the rest as `train`; empty parts are left out.
+
+    Raises:
+        ValueError: no `fold` column, a fold that does not exist, or a fold used twice.
+    """
+    if "fold" not in dataset.column_names:
+        raise ValueError("The data set has no column `fold`: name splits instead of folds, or add the column")
+    folds = np.asarray(dataset.with_format(None)["fold"][:])
+    existing = sorted(set(folds.tolist()))
+    parts = {"test": set(test_folds), "validation": set(validation_folds)}
+    for name, chosen in parts.items():
+        unknown = sorted(chosen - set(existing))
+        if unknown:
+            raise ValueError(f"{name} folds {unknown} do not exist; the data set has the folds {existing}")
+    shared = parts["test"] & parts["validation"]
+    if shared:
+        raise ValueError(f"Folds {sorted(shared)} are named for test and for validation; a fold can serve one of them")
+    parts["train"] = set(existing) - parts["test"] - parts["validation"]
+    return DatasetDict(
+        {
+            name: dataset.select(np.flatnonzero(np.isin(folds, sorted(parts[name]))))
+            for name in ("train", "validation", "test")
+            if parts[name]
+        }
+    )
+
+
+def is_multi_label(dataset: Dataset) -> bool:
+    """Whether a clip may have several labels."""
+    return isinstance(dataset.features["label"], List)
+
+
+def label_names(dataset: Dataset) -> list[str]:
+    """The class names, in the order of their ids."""
+    feature = dataset.features["label"]
+    return list(feature.feature.names if isinstance(feature, List) else feature.names)
+
+
+def align_labels(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """Renumber the labels so that their ids are positions in `names`, the order that a trained model has.
+
+    Raises:
+        ValueError: the data set has a class that `names` lacks.
+    """
+    own, names = label_names(dataset), list(names)
+    if own == names:
+        return dataset
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise ValueError(f"The data set has the classes {unknown[:_NAMED_FILES]}, unknown among {names[:20]}")
+    new_id = [names.index(name) for name in own]
+    labels = dataset.with_format(None)["label"][:]
+    labels = [[new_id[i] for i in row] if isinstance(row, list) else new_id[row] for row in labels]
+    feature = List(ClassLabel(names=names)) if is_multi_label(dataset) else ClassLabel(names=names)
+    return _with_labels(dataset, labels, feature)
+
+
+def as_multi_label(dataset: Dataset) -> Dataset:
+    """Lists of one label instead of labels, for a multi-label model of clips that have one label each."""
+    if is_multi_label(dataset):
+        return dataset
+    labels = [[label] for label in dataset.with_format(None)["label"]]
+    return _with_labels(dataset, labels, List(dataset.features["label"]))
+
+
+def validate_audio_files(dataset: Dataset, on_bad_audio: str = "error") -> tuple[Dataset, list[str]]:
+    """Read the header and the last sample of every clip: a broken file should be found now, not in mid-training.
+
+    A file that soundfile cannot read is given to `load_audio`, which may know its format.
+
+    Args:
+        dataset: with the column `audio`.
+        on_bad_audio: "error" (default) raises and names the files; "skip" leaves them out.
+
+    Returns:
+        The data set without the unreadable clips, and their names.
+
+    Raises:
+        ValueError: unreadable clips with "error", or no readable clip at all.
+    """
+    _check_choice("on_bad_audio", on_bad_audio)
+    clips = _raw_audio(dataset)
+    problems = {i: problem for i, clip in enumerate(clips) if (problem := _audio_problem(clip))}
+    if not problems:
+        return dataset, []
+    names = [clip_name(clips[i], i) for i in problems]
+    listed = f"{len(problems)} of {len(dataset)} clips cannot be read: {_some(names)} ({next(iter(problems.values()))})"
+    if on_bad_audio == "error":
+        raise ValueError(f"{listed}. Repair or remove them, or leave them out with on_bad_audio='skip'")
+    if len(problems) == len(dataset):
+        raise ValueError(f"No clip is left: {listed}")
+    logger.warning("%s. They are left out.", listed)
+    return dataset.select([i for i in range(len(dataset)) if i not in problems]), names
+
+
+def decode_audio(dataset: Dataset, sampling_rate: int) -> Dataset:
+    """Decode `audio` to float32 mono waveforms (N,) at `sampling_rate` Hz whenever rows are read, never before.
+
+    `datasets` applies a transform to whole rows: read labels and folds from the data set as it was before, since the
+    column of a decoded one decodes all clips.
+    """
+    return dataset.with_transform(_DecodeAudio(sampling_rate))
+
+
+def decode_clip(clip: str | dict, sampling_rate: int) -> np.ndarray:
+    """Decode one clip, given as a path or as the `{"bytes", "path"}` of `datasets.Audio(decode=False)`.
+
+    Returns:
+        float32 mono waveform (N,) at `sampling_rate` Hz.
+    """
+    if isinstance(clip, str):
+        return load_audio(clip, sampling_rate)
+    if clip["bytes"] is None:
+        return load_audio(clip["path"], sampling_rate)
+    try:
+        waveform, rate = soundfile.read(io.BytesIO(clip["bytes"]), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"Clip {clip['path']} cannot be decoded ({error}); convert it to wav, flac or ogg") from error
+    return resample(waveform.mean(axis=1), rate, sampling_rate)
+
+
+def clip_name(clip: str | dict, position: int) -> str:
+    """How reports name a clip: its path, or its number where only its bytes are known."""
+    path = clip if isinstance(clip, str) else clip["path"]
+    return path or f"clip {position}"
+
+
+class _DecodeAudio:
+    """A transform for `Dataset.with_transform`; a class, since data workers may have to pickle it."""
+
+    def __init__(self, sampling_rate: int):
+        self.sampling_rate = sampling_rate
+
+    def __call__(self, rows: dict) -> dict:
+        if "audio" not in rows:
+            return rows
+        return {**rows, "audio": [decode_clip(clip, self.sampling_rate) for clip in rows["audio"]]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the readers
+# ---------------------------------------------------------------------------------------------------------------------
+def _read_folder(folder: Path, on_missing: str) -> Dataset | DatasetDict:
+    if (folder / "meta" / "esc50.csv").is_file():
+        return read_esc50(folder, on_missing)
+    if (folder / "metadata" / "UrbanSound8K.csv").is_file():
+        return read_urbansound8k(folder, on_missing)
+    tables = sorted(folder.glob("*.csv"))
+    if tables:
+        raise ValueError(f"{folder} holds tables: name the one to read, e.g. {tables[0]}")
+    if not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(f"The layout of {folder} is not known: it has no sub-folders; known layouts: {LAYOUTS}")
+    return read_audiofolder(folder)
+
+
+def _read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV file. The csv module is used since pandas' large strings cannot be cast to `datasets.Audio`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; is its folder the root of the data set?")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            header = reader.fieldnames or []
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ValueError(f"{path} has no column {missing}; its columns are {list(header)}")
+    if not rows:
+        raise ValueError(f"{path} has a header but no rows")
+    for number, row in enumerate(rows, start=2):  # line 1 is the header
+        if any(row[name] is None for name in columns):
+            raise ValueError(f"{path}, row {number} has fewer cells than the header names columns")
+    return rows
+
+
+def _numbered_classes(
+    rows: list[dict[str, str]], paths: list[Path], number_column: str, name_column: str, on_missing: str
+) -> Dataset:
+    """A data set whose table gives a class number and a class name; ids are the rank of the number."""
+    kept = _existing(paths, on_missing)
+    # Names come from all rows: ids must not depend on which files are there.
+    name_of = {int(row[number_column]): row[name_column] for row in rows}
+    numbers = sorted(name_of)
+    labels = [numbers.index(int(rows[i][number_column])) for i in kept]
+    names = [name_of[number] for number in numbers]
+    return _build([paths[i] for i in kept], labels, names, [int(rows[i]["fold"]) for i in kept])
+
+
+def _existing(paths: list[Path], on_missing: str) -> list[int]:
+    """Positions of the paths that exist; an error or a warning about the others."""
+    _check_choice("on_missing", on_missing)
+    missing = [str(path) for path in paths if not path.is_file()]
+    if not missing:
+        return list(range(len(paths)))
+    listed = f"{len(missing)} of {len(paths)} listed files do not exist: {_some(missing)}"
+    if on_missing == "error" or len(missing) == len(paths):
+        raise FileNotFoundError(f"{listed}. Complete the data set, or leave the rows out with on_missing='skip'")
+    logger.warning("%s. Their rows are left out.", listed)
+    return [i for i, path in enumerate(paths) if path.is_file()]
+
+
+def _labelled_files(root: Path) -> list[tuple[Path, str]]:
+    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [
+        (path, folder.name)
+        for folder in classes
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
+    ]
+
+
+def _split_cell(cell: str) -> list[str]:
+    return [label.strip() for label in cell.split(LABEL_SEPARATOR) if label.strip()]
+
+
+def _encode_labels(labels: list[list[str]], source: str | Path) -> tuple[list[str], list]:
+    """Names and ids of lists of labels; lists of ids only where some clip has more than one label."""
+    names = _sorted_names(name for row in labels for name in row)
+    if not names:
+        raise ValueError(f"{source} has no label at all")
+    id_of = {name: i for i, name in enumerate(names)}
+    if any(len(row) > 1 for row in labels):
+        return names, [[id_of[name] for name in row] for row in labels]
+    if [] in labels:
+        raise ValueError(f"{source}: clip number {labels.index([]) + 1} has no label; every clip needs one")
+    return names, [id_of[name] for (name,) in labels]
+
+
+def _sorted_names(names: Iterable[str]) -> list[str]:
+    """Distinct names in order; numbers by value, since "10" should follow "9"."""
+    distinct = sorted(set(names))
+    return sorted(distinct, key=int) if all(name.isdecimal() for name in distinct) else distinct
+
+
+def _fold_number(cell: str, source: Path) -> int:
+    try:
+        return int(cell)
+    except (TypeError, ValueError):
+        raise ValueError(f"{source}: fold {cell!r} is not an integer") from None
+
+
+def _build(paths: list[Path], labels: list, names: list[str], folds: list[int] | None = None) -> Dataset:
+    label = ClassLabel(names=names)
+    columns = {"audio": [str(path) for path in paths], "label": labels}
+    features = {"audio": Value("string"), "label": List(label) if isinstance(labels[0], list) else label}
+    if folds is not None:
+        columns["fold"], features["fold"] = folds, Value("int64")
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _from_hub(loaded: Dataset | DatasetDict, audio_column: str, label_column: str) -> Dataset | DatasetDict:
+    """Bring a loaded data set to this module's columns; its clips stay encoded."""
+    parts = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+    columns = next(iter(parts.values())).column_names
+    missing = [name for name in (audio_column, label_column) if name not in columns]
+    if missing:
+        raise ValueError(f"The data set has no column {missing}; its columns are {columns}")
+    kept = [audio_column, label_column] + (["fold"] if "fold" in columns else [])
+    parts = {
+        split: part.select_columns(kept)
+        .rename_columns({audio_column: "audio", label_column: "label"})
+        .cast_column("audio", Audio(decode=False))
+        for split, part in parts.items()
+    }
+    parts = _with_class_labels(parts)
+    return DatasetDict(parts) if isinstance(loaded, DatasetDict) else parts["train"]
+
+
+def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Labels given as text or plain numbers become class labels, with the same ids in every split."""
+    feature = next(iter(parts.values())).features["label"]
+    if isinstance(feature, ClassLabel) or (isinstance(feature, List) and isinstance(feature.feature, ClassLabel)):
+        return parts
+    multi = isinstance(feature, List)
+    values = {split: part["label"][:] for split, part in parts.items()}
+    flat = [value for rows in values.values() for row in rows for value in (row if multi else [row])]
+    names = _sorted_names(str(value) for value in flat)
+    id_of = {name: i for i, name in enumerate(names)}
+    encoded = {
+        split: [[id_of[str(v)] for v in row] if multi else id_of[str(row)] for row in rows]
+        for split, rows in values.items()
+    }
+    new_feature = List(ClassLabel(names=names)) if multi else ClassLabel(names=names)
+    return {split: _with_labels(part, encoded[split], new_feature) for split, part in parts.items()}
+
+
+def _with_labels(dataset: Dataset, labels: list, feature: ClassLabel | List) -> Dataset:
+    return dataset.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def _raw_audio(dataset: Dataset) -> list:
+    return dataset.with_format(None)["audio"]
+
+
+def _audio_problem(clip: str | dict) -> str | None:
+    """Why a clip cannot be read, or None."""
+    path = clip if isinstance(clip, str) else clip["path"]
+    encoded = None if isinstance(clip, str) else clip["bytes"]
+    try:
+        with soundfile.SoundFile(path if encoded is None else io.BytesIO(encoded)) as file:
+            file.seek(max(file.frames - 1, 0))
+            readable = len(file.read(1)) > 0
+    except (soundfile.LibsndfileError, OSError):
+        try:
+            readable = len(decode_clip(clip, 32000)) > 0
+        except (ValueError, OSError) as error:
+            return str(error)
+    return None if readable else "it holds no samples"
+
+
+def _check_choice(name: str, value: str) -> None:
+    if value not in ("error", "skip"):
+        raise ValueError(f"{name} is 'error' or 'skip', not {value!r}")
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - _NAMED_FILES
+    return ", ".join(items[:_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,146 @@
+"""Metrics of audio classification as local `evaluate.Metric`s: they need no network and add up over batches."""
+
+from collections.abc import Callable
+
+import datasets
+import evaluate
+import numpy as np
+from datasets import Value
+from scipy.special import ndtri
+from scipy.special import softmax as _softmax
+from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
+
+
+class _LocalMetric(evaluate.Metric):
+    """A metric that keeps its values in memory: no cache files, nothing that two processes could share."""
+
+    description: str
+    inputs: str
+    value: object
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("keep_in_memory", True)
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"predictions": self.value, "references": self.value})
+        return evaluate.MetricInfo(
+            description=self.description, citation="", inputs_description=self.inputs, features=features
+        )
+
+
+class Accuracy(_LocalMetric):
+    """Share of the clips whose predicted class is the right one: `{"accuracy"}`."""
+
+    description = "Share of the clips whose predicted class is the right one."
+    inputs = "predictions, references: class ids."
+    value = Value("int64")
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class _PerClassMetric(_LocalMetric):
+    inputs = "predictions: one score per class, of any scale; references: 1 for the classes of the clip, else 0."
+    value = datasets.Sequence(Value("float32"))
+
+
+class MeanAveragePrecision(_PerClassMetric):
+    """Average precision, macro average over the classes that have a positive clip.
+
+    `{"mAP", "mAP_classes"}`; the second is the number of classes that entered the mean.
+    """
+
+    description = "Average precision, averaged over the classes with at least one positive clip."
+
+    def _compute(self, predictions, references):
+        scores = _per_class(average_precision_score, predictions, references, needs_negatives=False)
+        return {"mAP": _mean(scores), "mAP_classes": len(scores)}
+
+
+class MeanAUC(_PerClassMetric):
+    """Area under the ROC curve, macro average over the classes that have a positive and a negative clip.
+
+    `{"AUC", "AUC_classes"}`; the second is the number of classes that entered the mean.
+    """
+
+    description = "Area under the ROC curve, averaged over the classes with positive and negative clips."
+
+    def _compute(self, predictions, references):
+        scores = _per_class(roc_auc_score, predictions, references, needs_negatives=True)
+        return {"AUC": _mean(scores), "AUC_classes": len(scores)}
+
+
+class DPrime(_PerClassMetric):
+    """d' = sqrt(2) * Phi^-1(mean AUC), with Phi the normal distribution function: `{"d_prime"}`.
+
+    An AUC of 1 has an infinite d'.
+    """
+
+    description = "d-prime, the separation of two unit normals that have the mean AUC."
+
+    def _compute(self, predictions, references):
+        scores = _per_class(roc_auc_score, predictions, references, needs_negatives=True)
+        return {"d_prime": float(np.sqrt(2) * ndtri(_mean(scores)))}
+
+
+def compute_metrics_for(problem_type: str) -> Callable:
+    """The Trainer's `compute_metrics` for a problem type.
+
+    Returns:
+        A function of `EvalPrediction` (logits (n, C) with labels (n,) or (n, C)). Single label: `accuracy`. Multi
+        label: `mAP`, `AUC`, `d_prime` and the number of classes behind them. Both: `clips`, the number evaluated.
+
+    Raises:
+        ValueError: the problem type is unknown.
+    """
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type is one of {PROBLEM_TYPES}, not {problem_type!r}")
+    return _single_label_metrics if problem_type == PROBLEM_TYPES[0] else _multi_label_metrics
+
+
+def main_metric(problem_type: str) -> str:
+    """The metric by which models of a problem type are compared."""
+    return "accuracy" if problem_type == PROBLEM_TYPES[0] else "mAP"
+
+
+def probabilities(logits: np.ndarray, problem_type: str) -> np.ndarray:
+    """Class probabilities (n, C) of logits (n, C): softmax for one label per clip, sigmoid for several."""
+    logits = np.asarray(logits, dtype=np.float64)
+    if problem_type == PROBLEM_TYPES[0]:
+        return _softmax(logits, axis=-1)
+    return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
+
+
+def _single_label_metrics(prediction) -> dict[str, float]:
+    logits = _logits(prediction)
+    result = Accuracy().compute(predictions=logits.argmax(axis=-1), references=prediction.label_ids)
+    return {**result, "clips": len(logits)}
+
+
+def _multi_label_metrics(prediction) -> dict[str, float]:
+    logits = _logits(prediction)
+    metrics = evaluate.combine([MeanAveragePrecision(), MeanAUC(), DPrime()])
+    result = metrics.compute(predictions=logits, references=prediction.label_ids)
+    return {**result, "clips": len(logits)}
+
+
+def _logits(prediction) -> np.ndarray:
+    logits = prediction.predictions
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    if not np.isfinite(logits).all():
+        raise ValueError("The model's outputs are not finite: the training has diverged; lower the learning rate")
+    return logits
+
+
+def _per_class(score: Callable, predictions, references, needs_negatives: bool) -> list[float]:
+    """The score of every class for which it is defined."""
+    predictions, references = np.asarray(predictions), np.asarray(references) > 0.5
+    usable = references.any(axis=0) & (~references.all(axis=0) if needs_negatives else True)
+    return [float(score(references[:, c], predictions[:, c])) for c in np.flatnonzero(usable)]
+
+
+def _mean(scores: list[float]) -> float:
+    return float(np.mean(scores)) if scores else float("nan")

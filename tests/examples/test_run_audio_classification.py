@@ -1,0 +1,392 @@
+"""The training script, run in this process on written tones and on real clips where they are present."""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+from transformers_cat import load_audio
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
+TONES = {"low": 300, "middle": 1200, "high": 4800}  # Hz
+RATE = 32000
+CONFIG = {
+    "model_type": "causal-audio-transformer",
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "num_bins": 16,
+    "drop_path_rate": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("run_audio_classification", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their types up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A configuration and eighteen short tones with noise: three classes, three folds."""
+    folder = tmp_path_factory.mktemp("tones")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    generator = np.random.default_rng(0)
+    rows = [("audio", "label", "fold")]
+    for name, frequency in TONES.items():
+        for i in range(6):
+            time = np.arange(int((0.2 + 0.02 * i) * RATE)) / RATE
+            tone = 0.3 * np.sin(2 * np.pi * frequency * time + i) + generator.normal(0, 0.01, len(time))
+            soundfile.write(folder / f"{name}{i}.wav", tone, RATE)
+            rows.append((f"{name}{i}.wav", name, i % 3 + 1))
+    with (folder / "clips.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def arguments(folder, output, *more):
+    """A run of three steps per epoch; later flags override earlier ones."""
+    own = f"--data {folder}/clips.csv --config_name {folder} --output_dir {output} --test_folds 1 --freq_mask 4"
+    size = (
+        "--per_device_train_batch_size 4 --num_train_epochs 2 --dataloader_num_workers 0 --use_cpu --disable_tqdm true"
+    )
+    return [*own.split(), *size.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def run(script, folder, tmp_path_factory):
+    """Output folder and metrics of one run with all augmentations."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    metrics = script.main(arguments(folder, output, "--do_train", "--do_eval", "--token", "hf_confidential"))
+    return output, metrics
+
+
+def read_predictions(output):
+    with (output / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class TestRun:
+    def test_leaves_everything_behind(self, run):
+        output, _ = run
+        names = (
+            "config.json model.safetensors preprocessor_config.json trainer_state.json all_results.json results.json "
+            "predictions.csv learning_curve.png confusion_matrix.png"
+        )
+        for name in names.split():
+            assert (output / name).stat().st_size > 0, name
+
+    def test_results(self, run):
+        output, metrics = run
+        results = json.loads((output / "results.json").read_text())
+        assert results["metrics"] == metrics
+        assert results["clips"] == {"train": 12, "test": 6}
+        assert results["labels"] == ["high", "low", "middle"]
+        assert results["arguments"]["data"]["mixup_probability"] == 0.5
+        assert results["arguments"]["training"]["learning_rate"] == 5e-4
+        assert results["environment"]["torch"]
+        everything = json.loads((output / "all_results.json").read_text())
+        assert everything["eval_accuracy"] == metrics["eval_accuracy"]
+        assert everything["eval_clips"] == 6
+
+    def test_the_token_is_not_written(self, run):
+        for path in run[0].rglob("*.json"):
+            assert "hf_confidential" not in path.read_text(), path
+
+    def test_predictions_are_those_of_the_saved_model(self, run, folder):
+        output, metrics = run
+        model = AutoModelForAudioClassification.from_pretrained(output).eval()
+        extractor = AutoFeatureExtractor.from_pretrained(output)
+        rows = read_predictions(output)
+        assert len(rows) == 6
+        for row in rows:
+            inputs = extractor(load_audio(row["path"]), sampling_rate=RATE, return_tensors="pt")
+            with torch.no_grad():
+                probabilities = model(**inputs).logits[0].softmax(-1)
+            assert model.config.id2label[int(probabilities.argmax())] == row["predicted"]
+            assert float(row["probability"]) == pytest.approx(float(probabilities.max()), abs=1e-4)
+            assert Path(row["path"]).name.startswith(row["label"])
+        right = np.mean([row["label"] == row["predicted"] for row in rows])
+        assert metrics["eval_accuracy"] == pytest.approx(right)
+
+    def test_the_test_clips_are_those_of_the_fold(self, run, folder):
+        names = {Path(row["path"]).name for row in read_predictions(run[0])}
+        assert names == {f"{name}{i}.wav" for name in TONES for i in (0, 3)}
+
+    def test_problem_type_is_that_of_the_task_in_spite_of_soft_labels(self, run):
+        config = json.loads((run[0] / "config.json").read_text())
+        assert config["problem_type"] == "single_label_classification"
+
+    def test_reported_is_the_last_epoch(self, run):
+        output, metrics = run
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        evaluations = [entry for entry in history if "eval_loss" in entry]
+        assert [entry["epoch"] for entry in evaluations] == [1.0, 2.0]
+        assert metrics["eval_loss"] == pytest.approx(evaluations[-1]["eval_loss"], abs=1e-6)
+        assert metrics["eval_loss"] != pytest.approx(evaluations[0]["eval_loss"], abs=1e-6)
+
+    def test_the_parts_of_the_loss_are_logged(self, run):
+        history = json.loads((run[0] / "trainer_state.json").read_text())["log_history"]
+        for entry in (entry for entry in history if "loss" in entry):
+            parts = [entry[f"{name}_loss"] for name in ("classification", "causal", "reconstruction")]
+            assert sum(parts) == pytest.approx(entry["loss"], rel=1e-3)  # their weights are 1
+
+    def test_resumed_is_the_same_as_uninterrupted(self, run, script, folder, tmp_path):
+        whole, metrics = run
+        interrupted = tmp_path / "out"
+        shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")  # all there is after the first epoch
+        written = (interrupted / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns
+        resumed = script.main(arguments(folder, interrupted, "--do_train", "--do_eval"))
+        # The first epoch was not trained again.
+        assert (interrupted / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == written
+        expected, got = load_file(whole / "model.safetensors"), load_file(interrupted / "model.safetensors")
+        before = load_file(whole / "checkpoint-3" / "model.safetensors")
+        assert expected.keys() == got.keys()
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+        assert not torch.equal(got["classifier.weight"], before["classifier.weight"])
+        assert resumed["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+        state = json.loads((interrupted / "trainer_state.json").read_text())
+        assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == [1.0, 2.0]
+
+    def test_evaluation_alone_repeats_it_for_any_seed(self, run, script, folder, tmp_path):
+        output, metrics = run
+        flags = ["--do_eval", "--model_name_or_path", str(output), "--seed", "7"]
+        command = arguments(folder, tmp_path, *flags)
+        at = command.index("--config_name")
+        del command[at : at + 2]
+        again = script.main(command)
+        assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+        assert read_predictions(tmp_path) == read_predictions(output)
+        assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_loss_falls_and_tones_are_learnt(script, folder, tmp_path):
+    flags = "--do_train --do_eval --num_train_epochs 25 --learning_rate 5e-3 --save_strategy no --mixup_probability 0"
+    metrics = script.main(arguments(folder, tmp_path, *flags.split(), "--time_mask", "0"))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["classification_loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert metrics["eval_accuracy"] > 0.8
+
+
+def test_real_clips(script, folder, data_dir, tmp_path):
+    """Two steps on the twelve clips of two folds and three classes; the loss on them falls."""
+    with (data_dir / "esc10" / "meta" / "esc50.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["category"] in ("dog", "rain", "clock_tick")]
+    chosen = [row for fold in ("1", "2") for row in [r for r in rows if r["fold"] == fold][:6:2]]
+    table = tmp_path / "clips.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["audio", "label", "fold"])
+        writer.writerows((data_dir / "esc10" / "audio" / r["filename"], r["category"], r["fold"]) for r in chosen)
+    flags = "--do_train --do_eval --max_length_seconds 2 --mixup_probability 0 --warmup_steps 0 --learning_rate 3e-3"
+    metrics = script.main(arguments(folder, tmp_path / "out", "--data", str(table), *flags.split()))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert metrics["eval_clips"] == 3
+
+
+def test_several_labels_and_validation(script, folder, tmp_path):
+    """Multi-label by the CSV's semicolons; the validation fold chooses the epoch, the test fold is reported."""
+    with (folder / "clips.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = folder / "multi.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "label": row["label"] + (";tone" if i % 2 else "")} for i, row in enumerate(rows))
+    flags = ["--data", str(table), "--validation_folds", "2", "--do_train", "--do_eval"]
+    metrics = script.main(arguments(folder, tmp_path, *flags))
+    assert {"eval_mAP", "eval_AUC", "eval_d_prime"} <= metrics.keys()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["clips"] == {"train": 6, "validation": 6, "test": 6}
+    assert results["arguments"]["training"]["load_best_model_at_end"] is True
+    assert results["arguments"]["training"]["metric_for_best_model"] == "mAP"
+    assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "multi_label_classification"
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    validated = [entry["eval_mAP"] for entry in state["log_history"] if "eval_mAP" in entry]
+    assert state["best_metric"] == max(validated)
+    assert {Path(row["path"]).name[-5] for row in read_predictions(tmp_path)} == {"0", "3"}
+
+
+@pytest.mark.slow
+def test_two_processes(folder, tmp_path):
+    """Under torchrun the script trains in two processes and reports every test clip once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    command += arguments(folder, tmp_path, "--do_train", "--do_eval", "--per_device_train_batch_size", "2")
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(read_predictions(tmp_path)) == 6
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 6
+
+
+class TestArguments:
+    def parse(self, script, tmp_path, *flags):
+        return script.parse_arguments([*flags, "--output_dir", str(tmp_path), "--do_train"])
+
+    def test_recipe(self, script, tmp_path):
+        _, _, args = self.parse(script, tmp_path, "--data", "x")
+        assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (60, 16, 5e-4)
+        assert (args.weight_decay, args.lr_scheduler_type, args.get_warmup_steps(100)) == (0.05, "cosine", 10)
+        assert (args.seed, args.max_grad_norm, args.save_total_limit) == (0, 1.0, 2)
+        assert args.label_names == ["labels"] and args.remove_unused_columns is False
+
+    def test_json_file_has_the_same_defaults(self, script, tmp_path):
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps({"data": "x", "test_folds": [2], "output_dir": str(tmp_path), "do_train": True}))
+        _, data_args, args = script.parse_arguments([str(path)])
+        assert data_args.test_folds == [2] and args.num_train_epochs == 60
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ([], "Give one of --data, --dataset_name, --train_file, not none"),
+            (["--data", "x", "--dataset_name", "y"], "not data and dataset_name"),
+            (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
+            (["--data", "x", "--label_smoothing_factor", "0.1"], "use one of the two"),
+        ],
+    )
+    def test_contradictions(self, script, tmp_path, flags, message):
+        with pytest.raises(ValueError, match=message):
+            self.parse(script, tmp_path, *flags)
+
+    def test_nothing_to_do(self, script, tmp_path):
+        with pytest.raises(ValueError, match="Nothing to do"):
+            script.parse_arguments(["--data", "x", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--test_folds", "9"], r"test folds \[9\] do not exist"),
+            (["--test_folds", "1", "2", "3"], "Every fold is held out"),
+            (["--problem_type", "regression"], None),
+            (["--data", "nowhere"], "--data nowhere does not exist; for the Hub use --dataset_name"),
+        ],
+    )
+    def test_wrong_values(self, script, folder, tmp_path, flags, message):
+        command = arguments(folder, tmp_path, "--do_train", *flags)
+        with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=message):
+            script.main(command)
+
+    def test_folds_must_be_named(self, script, folder, tmp_path):
+        command = arguments(folder, tmp_path, "--do_train", "--do_eval")
+        at = command.index("--test_folds")
+        del command[at : at + 2]
+        with pytest.raises(ValueError, match=r"the folds \[1, 2, 3\]. Give --test_folds"):
+            script.main(command)
+
+    def test_no_model(self, script, folder, tmp_path):
+        command = arguments(folder, tmp_path, "--do_train")
+        at = command.index("--config_name")
+        del command[at : at + 2]
+        with pytest.raises(ValueError, match="Give a checkpoint as --model_name_or_path, or --config_name"):
+            script.main(command)
+
+
+class TestClips:
+    def clips(self, script, folder, tmp_path, *flags):
+        model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, *flags))
+        return script.load_clips(data_args, model_args, args), args
+
+    def test_without_validation_no_clip_chooses_the_epoch(self, script, folder, tmp_path):
+        clips, args = self.clips(script, folder, tmp_path, "--do_train")
+        assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is False
+        assert clips.watched is clips.reported
+
+    def test_with_validation_it_is_not_the_test_clips(self, script, folder, tmp_path):
+        clips, args = self.clips(script, folder, tmp_path, "--do_train", "--validation_folds", "3")
+        args = script.prepare_evaluation(args, clips, script.SINGLE_LABEL)
+        assert args.load_best_model_at_end is True and args.metric_for_best_model == "accuracy"
+        assert set(clips.watched["fold"]) == {3} and set(clips.reported["fold"]) == {1}
+
+    def test_limits(self, script, folder, tmp_path):
+        flags = ["--do_train", "--max_train_samples", "5", "--max_eval_samples", "2"]
+        clips, _ = self.clips(script, folder, tmp_path, *flags)
+        assert {name: len(split) for name, split in clips.splits.items()} == {"train": 5, "test": 2}
+        again, _ = self.clips(script, folder, tmp_path, *flags)
+        assert again.splits["train"]["audio"][:] == clips.splits["train"]["audio"][:]
+        assert len(set(clips.splits["train"]["label"])) > 1  # drawn, not the first ones
+
+    def test_bad_audio(self, script, folder, tmp_path):
+        with (folder / "clips.csv").open() as file:
+            table = file.read() + "broken.wav,low,2\nabsent.wav,low,2\n"
+        (folder / "bad.csv").write_text(table)
+        (folder / "broken.wav").write_text("not audio")
+        flags = ["--do_train", "--data", str(folder / "bad.csv"), "--on_bad_audio"]
+        with pytest.raises(FileNotFoundError, match=r"1 of 20 listed files do not exist: .*absent\.wav"):
+            self.clips(script, folder, tmp_path, *flags, "error")
+        clips, _ = self.clips(script, folder, tmp_path, *flags, "skip")
+        assert [Path(name).name for name in clips.skipped] == ["broken.wav"]
+        assert len(clips.splits["train"]) == 12
+
+    def test_train_and_eval_files(self, script, folder, tmp_path):
+        (folder / "train.csv").write_text("audio,label\nlow0.wav,low\nhigh0.wav,high\n")
+        (folder / "eval.csv").write_text("audio,label\nlow1.wav,low\n")
+        flags = ["--train_file", str(folder / "train.csv"), "--eval_file", str(folder / "eval.csv"), "--do_train"]
+        model_args, data_args, args = script.parse_arguments([*flags, "--do_eval", "--output_dir", str(tmp_path)])
+        splits = script.load_clips(data_args, model_args, args).splits
+        assert script.label_names(splits["test"]) == ["high", "low"]  # the training file's classes
+        assert splits["test"]["label"][:] == [1]
+
+    def test_audio_folder(self, script, tmp_path):
+        for split in ("train", "test"):
+            for name in ("a", "b"):
+                (tmp_path / split / name).mkdir(parents=True)
+                soundfile.write(tmp_path / split / name / "x.wav", np.zeros(100), RATE)
+        flags = ["--data", str(tmp_path), "--do_train", "--do_eval", "--output_dir", str(tmp_path / "out")]
+        model_args, data_args, args = script.parse_arguments(flags)
+        assert list(script.load_clips(data_args, model_args, args).splits) == ["train", "test"]
+        data_args.eval_split_name = "dev"
+        with pytest.raises(ValueError, match=r"no split 'dev', only \['train', 'test'\]"):
+            script.load_clips(data_args, model_args, args)
+
+
+class TestLabels:
+    class Config:
+        num_labels = 3
+        id2label = {0: "c", 1: "a", 2: "b"}
+
+    def test_a_checkpoint_keeps_its_order(self, script):
+        assert script.choose_labels(self.Config, ["a", "b", "c"], from_scratch=False, do_train=True) == ["c", "a", "b"]
+
+    def test_other_classes_make_a_new_head(self, script):
+        assert script.choose_labels(self.Config, ["a", "b"], from_scratch=False, do_train=True) == ["a", "b"]
+
+    def test_evaluation_on_some_of_the_classes(self, script):
+        assert script.choose_labels(self.Config, ["a", "b"], from_scratch=False, do_train=False) == ["c", "a", "b"]
+
+    def test_evaluation_on_unknown_classes(self, script):
+        with pytest.raises(ValueError, match=r"does not know the classes \['d'\]"):
+            script.choose_labels(self.Config, ["a", "d"], from_scratch=False, do_train=False)
+
+    def test_problem_type(self, script, folder):
+        dataset = script.load_audio_dataset(folder / "clips.csv")
+        assert script.resolve_problem_type(None, dataset) == script.SINGLE_LABEL
+        assert script.resolve_problem_type(script.MULTI_LABEL, dataset) == script.MULTI_LABEL
+        several = script.as_multi_label(dataset)
+        assert script.resolve_problem_type(None, several) == script.MULTI_LABEL
+        with pytest.raises(ValueError, match="clips have several labels"):
+            script.resolve_problem_type(script.SINGLE_LABEL, several)
+
+    def test_a_multi_label_model_of_clips_with_one_label(self, script, folder, tmp_path):
+        flags = ["--do_train", "--do_eval", "--problem_type", script.MULTI_LABEL, "--num_train_epochs", "1"]
+        metrics = script.main(arguments(folder, tmp_path, *flags, "--mixup_probability", "0"))
+        assert metrics["eval_mAP_classes"] == 3
+        assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == script.MULTI_LABEL

@@ -1,0 +1,440 @@
+"""Readers, folds, checks and lazy decoding, on tiny written files and on the real data where it is present."""
+
+import csv
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, List, Value
+
+from transformers_cat.training import data
+from transformers_cat.training.data import (
+    align_labels,
+    as_multi_label,
+    decode_audio,
+    decode_clip,
+    is_multi_label,
+    label_names,
+    load_audio_dataset,
+    read_audiofolder,
+    read_csv,
+    read_esc50,
+    read_urbansound8k,
+    split_folds,
+    validate_audio_files,
+)
+
+RATE = 8000
+
+
+def write_clip(path, value=0.1, samples=400):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.full(samples, value, dtype="float32"), RATE)
+    return path
+
+
+def write_table(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+@pytest.fixture
+def esc_folder(tmp_path):
+    """Three clips of two classes in two folds, with the numbers of ESC-50, as ESC-10 has them."""
+    rows = [("a.wav", 1, 41, "chainsaw"), ("b.wav", 2, 0, "dog"), ("c.wav", 2, 41, "chainsaw")]
+    write_table(tmp_path / "meta" / "esc50.csv", [("filename", "fold", "target", "category"), *rows])
+    for name, *_ in rows:
+        write_clip(tmp_path / "audio" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def urban_folder(tmp_path):
+    rows = [("x.wav", 3, 7, "jackhammer"), ("y.wav", 5, 1, "car_horn")]
+    header = ("slice_file_name", "fold", "classID", "class")
+    write_table(tmp_path / "metadata" / "UrbanSound8K.csv", [header, *rows])
+    for name, fold, *_ in rows:
+        write_clip(tmp_path / "audio" / f"fold{fold}" / name)
+    return tmp_path
+
+
+class TestEsc50:
+    def test_ids_are_contiguous_in_order_of_target(self, esc_folder):
+        dataset = read_esc50(esc_folder)
+        assert label_names(dataset) == ["dog", "chainsaw"]
+        assert dataset["label"][:] == [1, 0, 1]
+        assert dataset["fold"][:] == [1, 2, 2]
+        assert dataset["audio"][0] == str(esc_folder / "audio" / "a.wav")
+
+    def test_ids_do_not_depend_on_which_files_are_there(self, esc_folder):
+        (esc_folder / "audio" / "b.wav").unlink()
+        dataset = read_esc50(esc_folder, on_missing="skip")
+        assert label_names(dataset) == ["dog", "chainsaw"]
+        assert dataset["label"][:] == [1, 1]
+
+    def test_real(self, data_dir):
+        dataset = load_audio_dataset(data_dir / "esc10")
+        assert len(dataset) == 400
+        assert label_names(dataset)[:3] == ["dog", "rooster", "rain"]
+        labels, folds = np.array(dataset["label"][:]), np.array(dataset["fold"][:])
+        for fold in range(1, 6):
+            assert np.bincount(labels[folds == fold]).tolist() == [8] * 10
+
+
+class TestUrbanSound8K:
+    def test_folds_are_those_of_the_table(self, urban_folder):
+        dataset = read_urbansound8k(urban_folder)
+        assert label_names(dataset) == ["car_horn", "jackhammer"]
+        assert dataset["label"][:] == [1, 0]
+        assert dataset["fold"][:] == [3, 5]
+
+    def test_missing_files_are_named_and_counted(self, urban_folder):
+        (urban_folder / "audio" / "fold3" / "x.wav").unlink()
+        with pytest.raises(FileNotFoundError, match=r"1 of 2 listed files do not exist: .*fold3/x\.wav.*on_missing"):
+            read_urbansound8k(urban_folder)
+
+    def test_missing_files_can_be_skipped(self, urban_folder, caplog):
+        (urban_folder / "audio" / "fold3" / "x.wav").unlink()
+        dataset = read_urbansound8k(urban_folder, on_missing="skip")
+        assert dataset["fold"][:] == [5]
+        assert "1 of 2 listed files do not exist" in caplog.text
+
+    def test_all_missing_is_an_error_in_any_case(self, urban_folder):
+        for path in (urban_folder / "audio").rglob("*.wav"):
+            path.unlink()
+        with pytest.raises(FileNotFoundError, match="2 of 2 listed files do not exist"):
+            read_urbansound8k(urban_folder, on_missing="skip")
+
+    def test_unknown_choice(self, urban_folder):
+        with pytest.raises(ValueError, match="on_missing is 'error' or 'skip', not 'ignore'"):
+            read_urbansound8k(urban_folder, on_missing="ignore")
+
+    def test_real(self, data_dir):
+        dataset = load_audio_dataset(data_dir / "urbansound8k")
+        assert len(dataset) == 1761
+        assert sorted(set(dataset["fold"])) == [1, 2]
+        assert label_names(dataset)[:2] == ["air_conditioner", "car_horn"]
+
+
+class TestAudioFolder:
+    def test_splits_share_their_ids(self, tmp_path):
+        for place in ("train/dog", "train/bird", "test/bird", "test/cat"):
+            write_clip(tmp_path / place / "a.wav")
+        splits = read_audiofolder(tmp_path)
+        assert list(splits) == ["train", "test"]
+        assert label_names(splits["train"]) == label_names(splits["test"]) == ["bird", "cat", "dog"]
+        assert splits["train"]["label"][:] == [0, 2]
+        assert splits["test"]["label"][:] == [0, 1]
+
+    def test_classes_alone_are_one_data_set(self, tmp_path):
+        write_clip(tmp_path / "dog" / "deeper" / "a.wav")
+        write_clip(tmp_path / "cat" / "a.wav")
+        (tmp_path / "cat" / "notes.txt").write_text("no audio")
+        dataset = read_audiofolder(tmp_path)
+        assert isinstance(dataset, Dataset)
+        assert label_names(dataset) == ["cat", "dog"]
+        assert dataset["audio"][:] == [str(tmp_path / "cat" / "a.wav"), str(tmp_path / "dog" / "deeper" / "a.wav")]
+
+    def test_numbers_are_ordered_by_value(self, tmp_path):
+        for name in ("10", "9", "2"):
+            write_clip(tmp_path / name / "a.wav")
+        assert label_names(read_audiofolder(tmp_path)) == ["2", "9", "10"]
+
+    def test_no_audio(self, tmp_path):
+        (tmp_path / "train" / "dog").mkdir(parents=True)
+        with pytest.raises(ValueError, match=r"No audio file below .*train: expected one sub-folder per class"):
+            read_audiofolder(tmp_path)
+
+    def test_real(self, data_dir):
+        splits = load_audio_dataset(data_dir / "fsdd")
+        assert {name: len(split) for name, split in splits.items()} == {"train": 2500, "test": 500}
+        assert label_names(splits["test"]) == [str(i) for i in range(10)]
+        assert all("theo" in path for path in splits["test"]["audio"])
+
+
+class TestCSV:
+    def test_one_label(self, tmp_path):
+        write_clip(tmp_path / "clips" / "a.wav")
+        write_clip(tmp_path / "clips" / "b.wav")
+        rows = [("file", "what", "fold"), ("clips/a.wav", "dog", 2), ("clips/b.wav", "cat", 1)]
+        dataset = read_csv(write_table(tmp_path / "t.csv", rows), audio_column="file", label_column="what")
+        assert dataset.column_names == ["audio", "label", "fold"]
+        assert label_names(dataset) == ["cat", "dog"]
+        assert dataset["label"][:] == [1, 0]
+        assert not is_multi_label(dataset)
+        assert dataset.features["audio"] == Value("string")  # a large string could not be cast to Audio
+
+    def test_several_labels(self, tmp_path):
+        for name in "abc":
+            write_clip(tmp_path / f"{name}.wav")
+        rows = [("audio", "label"), ("a.wav", "dog; rain"), ("b.wav", "rain"), ("c.wav", "")]
+        dataset = read_csv(write_table(tmp_path / "t.csv", rows))
+        assert is_multi_label(dataset)
+        assert label_names(dataset) == ["dog", "rain"]
+        assert dataset["label"][:] == [[0, 1], [1], []]
+        assert "fold" not in dataset.column_names
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([("file", "label"), ("a.wav", "x")], r"no column \['audio'\]; its columns are \['file', 'label'\]"),
+            ([("audio", "label")], "has a header but no rows"),
+            ([("audio", "label"), ("a.wav",)], "row 2 has fewer cells"),
+            ([("audio", "label"), ("a.wav", "x"), ("a.wav", "")], "clip number 2 has no label"),
+            ([("audio", "label"), ("a.wav", "")], "has no label at all"),
+            ([("audio", "label", "fold"), ("a.wav", "x", "one")], "fold 'one' is not an integer"),
+        ],
+    )
+    def test_broken_tables(self, tmp_path, rows, message):
+        write_clip(tmp_path / "a.wav")
+        with pytest.raises(ValueError, match=message):
+            read_csv(write_table(tmp_path / "t.csv", rows))
+
+    def test_not_utf8(self, tmp_path):
+        path = tmp_path / "t.csv"
+        path.write_bytes("audio,label\na.wav,Möwe\n".encode("latin-1"))
+        with pytest.raises(ValueError, match=r"t\.csv is not UTF-8 text .* save it as UTF-8"):
+            read_csv(path)
+
+    def test_byte_order_mark_is_no_part_of_the_first_column(self, tmp_path):
+        write_clip(tmp_path / "a.wav")
+        path = tmp_path / "t.csv"
+        path.write_text("audio,label\na.wav,gull\n", encoding="utf-8-sig")
+        assert label_names(read_csv(path)) == ["gull"]
+
+    def test_missing_table(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"esc50\.csv does not exist"):
+            read_esc50(tmp_path)
+
+
+class TestLayouts:
+    def test_recognised(self, esc_folder):
+        write_clip(esc_folder / "folder" / "train" / "dog" / "a.wav")
+        table = write_table(esc_folder / "t.csv", [("audio", "label"), ("audio/a.wav", "saw")])
+        assert label_names(load_audio_dataset(esc_folder)) == ["dog", "chainsaw"]
+        assert label_names(load_audio_dataset(table)) == ["saw"]
+        assert isinstance(load_audio_dataset(esc_folder / "folder"), DatasetDict)
+
+    def test_urbansound8k_recognised(self, urban_folder):
+        assert load_audio_dataset(urban_folder)["fold"][:] == [3, 5]
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(ValueError, match="it has no sub-folders; known layouts: ESC-50"):
+            load_audio_dataset(tmp_path)
+
+    def test_folder_of_tables(self, tmp_path):
+        write_table(tmp_path / "clips.csv", [("audio", "label")])
+        with pytest.raises(ValueError, match=r"name the one to read, e\.g\. .*clips\.csv"):
+            load_audio_dataset(tmp_path)
+
+    def test_other_file(self, tmp_path):
+        path = tmp_path / "clips.parquet"
+        path.touch()
+        with pytest.raises(ValueError, match=r"clips\.parquet is not a data set that can be read; known layouts"):
+            load_audio_dataset(path)
+
+    def test_missing_path_is_not_looked_up_on_the_hub(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+        for path in (tmp_path / "esc10", "../nowhere/esc10", "./esc10"):
+            with pytest.raises(FileNotFoundError, match="does not exist; check the path"):
+                load_audio_dataset(path)
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, monkeypatch, tmp_path):
+        """Stands for the Hub: two splits with encoded clips and labels as text."""
+        encoded = write_clip(tmp_path / "a.wav", value=0.25).read_bytes()
+
+        def load_dataset(path, **kwargs):
+            if path == "nobody/nothing":
+                raise FileNotFoundError(path)
+            assert kwargs == {"name": "small"}
+            clip = {"bytes": encoded, "path": "a.wav"}
+            splits = {"train": ["dog", "cat"], "test": ["emu", "cat"]}
+            return DatasetDict(
+                {
+                    split: Dataset.from_dict({"sound": [clip, clip], "what": labels, "other": [1, 2]}).cast_column(
+                        "sound", Audio(decode=False)
+                    )
+                    for split, labels in splits.items()
+                }
+            )
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    def test_columns_and_labels(self, hub):
+        splits = load_audio_dataset("someone/sounds", audio_column="sound", label_column="what", name="small")
+        assert splits["train"].column_names == ["audio", "label"]
+        assert label_names(splits["train"]) == label_names(splits["test"]) == ["cat", "dog", "emu"]
+        assert splits["train"]["label"][:] == [1, 0]
+        assert splits["test"]["label"][:] == [2, 0]
+        assert validate_audio_files(splits["train"]) == (splits["train"], [])
+        waveform = decode_audio(splits["test"], RATE)[0]["audio"]
+        np.testing.assert_allclose(waveform, 0.25, atol=1e-4)
+        assert waveform.shape == (400,)
+
+    def test_wrong_column(self, hub):
+        with pytest.raises(ValueError, match=r"no column \['audio', 'label'\]; its columns are"):
+            load_audio_dataset("someone/sounds", name="small")
+
+    def test_unknown_name(self, hub):
+        with pytest.raises(FileNotFoundError, match="neither a file or folder here nor a data set on the Hub"):
+            load_audio_dataset("nobody/nothing")
+
+    def test_class_labels_are_kept(self):
+        feature = ClassLabel(names=["z", "a"])
+        part = Dataset.from_dict({"label": [0, 1]}).cast_column("label", feature)
+        assert data._with_class_labels({"train": part})["train"].features["label"] == feature
+
+    def test_lists_of_text(self):
+        parts = data._with_class_labels(
+            {"train": Dataset.from_dict({"audio": ["x", "y"], "label": [["b", "a"], ["c"]]})}
+        )
+        assert parts["train"].features["label"] == List(ClassLabel(names=["a", "b", "c"]))
+        assert parts["train"]["label"][:] == [[1, 0], [2]]
+
+
+class TestFolds:
+    @pytest.fixture
+    def dataset(self):
+        return Dataset.from_dict({"audio": list("abcdef"), "fold": [1, 1, 2, 2, 3, 3]})
+
+    def test_parts(self, dataset):
+        splits = split_folds(dataset, test_folds=[2], validation_folds=[3])
+        assert {name: split["audio"][:] for name, split in splits.items()} == {
+            "train": ["a", "b"],
+            "validation": ["e", "f"],
+            "test": ["c", "d"],
+        }
+
+    def test_no_empty_parts(self, dataset):
+        assert list(split_folds(dataset, [2])) == ["train", "test"]
+        assert list(split_folds(dataset, [1, 2, 3])) == ["test"]
+
+    def test_every_clip_of_a_fold_stays_with_it(self, data_dir):
+        splits = split_folds(load_audio_dataset(data_dir / "esc10"), [1], [2])
+        # One source recording never crosses the folds; a clip's name begins with its fold and its recording.
+        recordings = [
+            {path.rsplit("/", 1)[1].split("-")[1] for path in splits[name]["audio"]}
+            for name in ("train", "validation", "test")
+        ]
+        assert [len(splits[name]) for name in ("train", "validation", "test")] == [240, 80, 80]
+        assert not recordings[0] & recordings[1] and not recordings[0] & recordings[2]
+
+    @pytest.mark.parametrize(
+        ("test", "validation", "message"),
+        [
+            ([4], [], r"test folds \[4\] do not exist; the data set has the folds \[1, 2, 3\]"),
+            ([1], [0], r"validation folds \[0\] do not exist"),
+            ([1, 2], [2], r"Folds \[2\] are named for test and for validation"),
+        ],
+    )
+    def test_errors(self, dataset, test, validation, message):
+        with pytest.raises(ValueError, match=message):
+            split_folds(dataset, test, validation)
+
+    def test_no_fold_column(self, dataset):
+        with pytest.raises(ValueError, match="no column `fold`"):
+            split_folds(dataset.remove_columns("fold"), [1])
+
+
+class TestAlignLabels:
+    def test_single(self):
+        dataset = Dataset.from_dict({"audio": list("xyz"), "label": [0, 1, 1]}).cast_column(
+            "label", ClassLabel(names=["a", "b"])
+        )
+        aligned = align_labels(dataset, ["b", "c", "a"])
+        assert aligned["label"][:] == [2, 0, 0]
+        assert label_names(aligned) == ["b", "c", "a"]
+
+    def test_multi(self):
+        dataset = Dataset.from_dict({"audio": ["x", "y"], "label": [[0, 1], []]})
+        dataset = dataset.cast_column("label", List(ClassLabel(names=["a", "b"])))
+        assert align_labels(dataset, ["b", "a"])["label"][:] == [[1, 0], []]
+
+    def test_unknown_class(self):
+        dataset = Dataset.from_dict({"label": [0]}).cast_column("label", ClassLabel(names=["a"]))
+        with pytest.raises(ValueError, match=r"classes \['a'\], unknown among \['b'\]"):
+            align_labels(dataset, ["b"])
+
+
+def test_as_multi_label():
+    dataset = Dataset.from_dict({"audio": ["x", "y"], "label": [1, 0]}).cast_column(
+        "label", ClassLabel(names=["a", "b"])
+    )
+    several = as_multi_label(dataset)
+    assert several["label"][:] == [[1], [0]]
+    assert is_multi_label(several) and label_names(several) == ["a", "b"]
+    assert as_multi_label(several) is several
+
+
+class TestValidation:
+    def broken(self, folder):
+        """One good clip and three broken ones, truncated or empty."""
+        good = write_clip(folder / "good.wav")
+        noise = np.random.default_rng(0).normal(0, 0.1, RATE)
+        soundfile.write(folder / "whole.flac", noise, RATE)
+        (folder / "half.flac").write_bytes((folder / "whole.flac").read_bytes()[:2000])
+        (folder / "text.wav").write_text("not audio")
+        soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
+        names = [good] + [folder / name for name in ("half.flac", "text.wav", "empty.wav")]
+        return Dataset.from_dict({"audio": [str(name) for name in names], "label": [0, 1, 2, 3]})
+
+    def test_error_names_the_files(self, tmp_path):
+        with pytest.raises(ValueError, match=r"3 of 4 clips .*half\.flac.*text\.wav.*empty\.wav.*on_bad_audio='skip'"):
+            validate_audio_files(self.broken(tmp_path))
+
+    def test_skip_counts(self, tmp_path, caplog):
+        dataset, skipped = validate_audio_files(self.broken(tmp_path), on_bad_audio="skip")
+        assert dataset["label"][:] == [0]
+        assert [name.rsplit("/", 1)[1] for name in skipped] == ["half.flac", "text.wav", "empty.wav"]
+        assert "3 of 4 clips cannot be read" in caplog.text
+
+    def test_nothing_left(self, tmp_path):
+        with pytest.raises(ValueError, match="No clip is left: 3 of 3"):
+            validate_audio_files(self.broken(tmp_path).select([1, 2, 3]), on_bad_audio="skip")
+
+    def test_unknown_choice(self, tmp_path):
+        with pytest.raises(ValueError, match="on_bad_audio is 'error' or 'skip'"):
+            validate_audio_files(self.broken(tmp_path), on_bad_audio="drop")
+
+    def test_real(self, data_dir):
+        dataset = load_audio_dataset(data_dir / "esc10")
+        checked, skipped = validate_audio_files(dataset)
+        assert len(checked) == 400 and skipped == []
+
+
+class TestDecoding:
+    def test_only_what_is_read_is_decoded(self, tmp_path, monkeypatch):
+        paths = [str(write_clip(tmp_path / f"{i}.wav", value=i / 10)) for i in range(4)]
+        decoded = []
+        load_audio = data.load_audio
+        monkeypatch.setattr(data, "load_audio", lambda path, rate: decoded.append(path) or load_audio(path, rate))
+        dataset = decode_audio(Dataset.from_dict({"audio": paths, "label": [0, 1, 2, 3]}), RATE)
+        assert decoded == []
+        row = dataset[2]
+        assert decoded == [paths[2]]
+        np.testing.assert_allclose(row["audio"], 0.2, atol=1e-4)
+        assert row["audio"].dtype == np.float32
+
+    def test_bytes_are_mixed_to_mono_and_resampled(self, tmp_path):
+        stereo = np.stack([np.full(800, 0.2), np.full(800, 0.4)], axis=1)
+        soundfile.write(tmp_path / "a.wav", stereo, RATE)
+        waveform = decode_clip({"bytes": (tmp_path / "a.wav").read_bytes(), "path": None}, 2 * RATE)
+        assert waveform.shape == (1600,) and waveform.dtype == np.float32
+        np.testing.assert_allclose(waveform[200:-200], 0.3, atol=1e-2)
+        same = decode_clip({"bytes": None, "path": str(tmp_path / "a.wav")}, 2 * RATE)
+        np.testing.assert_allclose(waveform, same, atol=1e-6)
+
+    def test_broken_bytes(self):
+        with pytest.raises(ValueError, match=r"Clip a\.wav cannot be decoded"):
+            decode_clip({"bytes": b"no audio", "path": "a.wav"}, RATE)
+
+    def test_workers_that_are_spawned_can_receive_the_data_set(self, tmp_path):
+        dataset = decode_audio(Dataset.from_dict({"audio": [str(write_clip(tmp_path / "a.wav"))]}), RATE)
+        assert pickle.loads(pickle.dumps(dataset))[0]["audio"].shape == (400,)
