@@ -357,7 +357,8 @@ def test_losses_of_each_problem_type():
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
 def test_objective_is_the_weighted_sum_of_its_parts(problem_type):
     torch.manual_seed(0)
-    model = model_with(problem_type=problem_type, causal_loss_weight=0.3, reconstruction_loss_weight=2.0)
+    weights = {"causal_loss_weight": 0.3, "reconstruction_loss_weight": 2.0}
+    model = model_with(problem_type=problem_type, drop_path_rate=0.0, **weights).train()
     features = torch.randn(4, 40, 384)
     mask = torch.arange(40) < torch.tensor([40, 31, 20, 4])[:, None]
     labels = torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0, 1.0], [1.0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0]])
@@ -371,10 +372,13 @@ def test_objective_is_the_weighted_sum_of_its_parts(problem_type):
     torch.testing.assert_close(output.reconstruction_loss, squares.sum() / (mask.sum() * 384))
     expected = output.classification_loss + 0.3 * output.causal_loss + 2.0 * output.reconstruction_loss
     torch.testing.assert_close(output.loss, expected)
+    # What is evaluated can be compared with other models.
+    evaluated = model.eval()(features, mask, labels=labels)
+    assert evaluated.loss is evaluated.classification_loss and evaluated.causal_loss is None
 
 
 def test_objective_without_its_causal_parts_is_classification():
-    model = model_with(causal_loss_weight=0.0, reconstruction_loss_weight=0.0)
+    model = model_with(causal_loss_weight=0.0, reconstruction_loss_weight=0.0).train()
     output = model(torch.randn(2, 16, 384), labels=torch.tensor([0, 1]))
     assert output.loss is output.classification_loss
     assert output.causal_loss is None and output.reconstruction_loss is None and model.reconstruction is None

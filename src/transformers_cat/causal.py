@@ -248,8 +248,9 @@ class CausalModule(nn.Module):
         model.model.save_pretrained(...)               # the classifier, which at inference needs nothing of this
 
     Labels are class indices (n,), class probabilities (n, C), or multi-hot or soft (n, C) with `multi_label`. Without
-    labels it is the model itself and returns the model's own output. With the Trainer set
-    `remove_unused_columns=False`: the names of the model's inputs cannot be read from this module's signature.
+    labels it is the model itself and returns the model's own output; in evaluation mode the loss is the model's own.
+    With the Trainer set `remove_unused_columns=False`: the names of the model's inputs cannot be read from this
+    module's signature.
 
     Args:
         model: returns a `ModelOutput` or a dict with `logits` (n, C), and a `loss` when it is given labels.
@@ -317,22 +318,20 @@ class CausalModule(nn.Module):
 
         # transformers' own loss takes class indices only; mixed-up classes need their probabilities.
         classification = F.cross_entropy(output["logits"].float(), targets) if soft_classes else output["loss"]
-        causal = causal_loss(
-            captured[-1],
-            head.weight,
-            head.bias,
-            targets,
-            estimator=self.estimator,
-            num_donors=self.num_donors,
-            form=self.form,
-            reduction=self.reduction,
-            multi_label=bool(self.multi_label),
-        )
-        losses = {
-            "loss": classification + self.loss_weight * causal,
-            "classification_loss": classification,
-            "causal_loss": causal,
-        }
+        losses = {"loss": classification, "classification_loss": classification}
+        if self.training:
+            losses["causal_loss"] = causal_loss(
+                captured[-1],
+                head.weight,
+                head.bias,
+                targets,
+                estimator=self.estimator,
+                num_donors=self.num_donors,
+                form=self.form,
+                reduction=self.reduction,
+                multi_label=bool(self.multi_label),
+            )
+            losses["loss"] = classification + self.loss_weight * losses["causal_loss"]
         return _with_losses(type(output))(**losses, **{name: output[name] for name in output if name != "loss"})
 
 

@@ -708,7 +708,8 @@ class CATForAudioClassification(CATPreTrainedModel):
     """CAT with a linear head on Z, for single-label, multi-label and regression problems.
 
     With labels, the loss is L = l_theta + w_c l_c + w_rs l_rs (eq. 10): classification, causal and reconstruction loss,
-    with the weights of the configuration. Without labels neither of the last two is computed.
+    with the weights of the configuration. In evaluation mode it is l_theta alone: that can be compared between models
+    and does not depend, as l_c does, on what a clip is batched with.
     """
 
     # The losses are means over the batch. transformers would otherwise take a forward with **kwargs to divide by the
@@ -772,7 +773,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         latents = outputs.pooler_output
         logits = self.classifier(latents)
         reconstruction = None
-        if output_reconstruction or (labels is not None and self.reconstruction is not None):
+        if output_reconstruction or (labels is not None and self.training and self.reconstruction is not None):
             reconstruction = self.reconstruct(outputs)
         return CATSequenceClassifierOutput(
             **({} if labels is None else self.objective(outputs, logits, labels, reconstruction)),
@@ -793,9 +794,11 @@ class CATForAudioClassification(CATPreTrainedModel):
         labels: torch.Tensor,
         reconstruction: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """L of eq. (10) as `loss`, and its parts by name."""
+        """L of eq. (10) as `loss`, and its parts by name; in evaluation l_theta alone."""
         loss = classification = self.classification_loss(logits, labels)
         parts = {"classification_loss": classification}
+        if not self.training:
+            return {"loss": loss, **parts}
         # The first call may infer the problem type, so the others follow. A regression has no event to cause.
         if self.config.causal_loss_weight and self.config.problem_type != "regression":
             parts["causal_loss"] = self.causal_loss(outputs.pooler_output, labels)

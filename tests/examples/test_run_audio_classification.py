@@ -98,7 +98,7 @@ class TestRun:
         assert results["clips"] == {"train": 12, "test": 6}
         assert results["labels"] == ["high", "low", "middle"]
         assert results["arguments"]["data"]["mixup_probability"] == 0.5
-        assert results["arguments"]["training"]["learning_rate"] == 5e-4
+        assert results["arguments"]["training"]["learning_rate"] == 1e-3
         assert results["environment"]["torch"]
         everything = json.loads((output / "all_results.json").read_text())
         assert everything["eval_accuracy"] == metrics["eval_accuracy"]
@@ -243,7 +243,7 @@ class TestArguments:
 
     def test_recipe(self, script, tmp_path):
         _, _, args = self.parse(script, tmp_path, "--data", "x")
-        assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (60, 16, 5e-4)
+        assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (60, 16, 1e-3)
         assert (args.weight_decay, args.lr_scheduler_type, args.get_warmup_steps(100)) == (0.05, "cosine", 10)
         assert (args.seed, args.max_grad_norm, args.save_total_limit) == (0, 1.0, 2)
         assert args.label_names == ["labels"] and args.remove_unused_columns is False
