@@ -80,6 +80,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or id with a config.json; without a checkpoint, it is trained from scratch."},
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "JSON that replaces values of the configuration, as in '{\"causal_loss_weight\": 0}'."},
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
     feature_extractor_name: str | None = field(
@@ -298,11 +302,19 @@ def resolve_problem_type(requested: str | None, dataset: Dataset) -> str:
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
 def load_config(model_args: ModelArguments) -> PreTrainedConfig:
-    """The configuration as it is stored."""
+    """The configuration as it is stored, but for what the command line replaces."""
     name = model_args.config_name or model_args.model_name_or_path
     if name is None:
         raise ValueError("Give a checkpoint as --model_name_or_path, or --config_name to train from scratch")
-    return AutoConfig.from_pretrained(name, **_hub_arguments(model_args))
+    config = AutoConfig.from_pretrained(name, **_hub_arguments(model_args))
+    if model_args.config_overrides is None:
+        return config
+    overrides = json.loads(model_args.config_overrides)
+    unknown = sorted(set(overrides) - set(config.to_dict()))
+    if unknown:
+        raise ValueError(f"--config_overrides names {unknown}, which {type(config).__name__} does not have")
+    # A new object: values that only fit together, such as depths and heads, cannot be set one after the other.
+    return type(config)(**{**config.to_dict(), **overrides})
 
 
 def choose_labels(config: PreTrainedConfig, names: list[str], from_scratch: bool, do_train: bool) -> list[str]:

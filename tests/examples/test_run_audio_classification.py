@@ -390,3 +390,29 @@ class TestLabels:
         metrics = script.main(arguments(folder, tmp_path, *flags, "--mixup_probability", "0"))
         assert metrics["eval_mAP_classes"] == 3
         assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == script.MULTI_LABEL
+
+
+GLOBAL = {"window_size": None, "depths": [2], "num_heads": [2]}
+SINGLE = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320], "exchange_dim": 0}
+WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
+
+
+@pytest.mark.parametrize("backbone", [{}, GLOBAL], ids=["CAT", "AST"])
+@pytest.mark.parametrize(
+    "row", [{**SINGLE, **WITHOUT_CAUSAL}, WITHOUT_CAUSAL, {}], ids=["-", "+ MRMF", "+ MRMF + causal"]
+)
+def test_rows_of_table_2c_are_flags(script, folder, tmp_path, backbone, row):
+    flags = ["--do_train", "--max_steps", "1", "--config_overrides", json.dumps({**backbone, **row})]
+    script.main(arguments(folder, tmp_path, *flags))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert len(config["filters"]) == (1 if row.keys() >= SINGLE.keys() else 2)
+    assert (config["window_size"] is None) == (backbone is GLOBAL)
+    (logged,) = [
+        entry for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "loss" in entry
+    ]
+    assert ("causal_loss" in logged) == (row == {})
+
+
+def test_unknown_overrides_are_refused_by_name(script, folder, tmp_path):
+    with pytest.raises(ValueError, match="embed_dims"):
+        script.main(arguments(folder, tmp_path, "--do_train", "--config_overrides", '{"embed_dims": 8}'))
