@@ -150,6 +150,16 @@ def test_round_trip_through_json(tmp_path):
     assert with_mrmf(np.zeros(3_200), sampling_rate=RATE)["input_values"].shape == (1, 10, 96)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_devices_agree(extractor, clips, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    expected = extractor(clips, sampling_rate=RATE, return_tensors="pt")
+    there = extractor(clips, sampling_rate=RATE, return_tensors="pt", device=device)
+    assert there["input_values"].device.type == there["attention_mask"].device.type == device
+    torch.testing.assert_close(there["input_values"].cpu(), expected["input_values"], atol=1e-3, rtol=1e-4)
+
+
 def test_travels_to_data_workers(extractor, clips):
     again = pickle.loads(pickle.dumps(extractor))
     expected = extractor(clips, sampling_rate=RATE)["input_values"]

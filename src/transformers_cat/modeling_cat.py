@@ -192,11 +192,10 @@ class CATFeatureNorm(nn.BatchNorm1d):
         return features if weight is None else features * weight
 
     @staticmethod
-    def _statistics(features: torch.Tensor, weight: torch.Tensor | None):
+    def _statistics(features: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Mean and variance over the frames that hold audio, (G * K * F,) each, and the number of these frames."""
         if weight is None:
-            variance, mean = torch.var_mean(features, dim=(0, 1), correction=0)
-            return mean, variance, torch.tensor(float(features.shape[0] * features.shape[1]), device=features.device)
+            weight = features.new_ones(*features.shape[:2], 1)
         count = weight.sum().clamp(min=1)
         mean = (features * weight).sum((0, 1)) / count
         return mean, ((features - mean).square() * weight).sum((0, 1)) / count, count

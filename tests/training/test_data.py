@@ -286,6 +286,20 @@ class TestHub:
         with pytest.raises(FileNotFoundError, match="neither a file or folder here nor a data set on the Hub"):
             load_audio_dataset("nobody/nothing")
 
+    def test_downloaded_parquet_files_are_read_by_datasets(self, tmp_path):
+        features = datasets.Features(
+            {"audio": {"bytes": Value("binary"), "path": Value("string")}, "label": ClassLabel(names=["dog", "rain"])}
+        )
+        clip = {"bytes": write_clip(tmp_path / "elsewhere" / "a.wav").read_bytes(), "path": "a.wav"}
+        for split, label in (("train", 0), ("test", 1)):
+            rows = Dataset.from_dict({"audio": [clip] * 2, "label": [label] * 2}, features=features)
+            (tmp_path / "downloaded" / "data").mkdir(parents=True, exist_ok=True)
+            rows.to_parquet(tmp_path / "downloaded" / "data" / f"{split}-00000-of-00001.parquet")
+        loaded = load_audio_dataset(tmp_path / "downloaded", cache_dir=str(tmp_path / "cache"))
+        assert set(loaded) == {"train", "test"} and label_names(loaded["test"]) == ["dog", "rain"]
+        decoded = decode_audio(loaded["test"], RATE)[0]
+        assert decoded["label"] == 1 and decoded["audio"].shape == (400,)
+
     def test_class_labels_are_kept(self):
         feature = ClassLabel(names=["z", "a"])
         part = Dataset.from_dict({"label": [0, 1]}).cast_column("label", feature)

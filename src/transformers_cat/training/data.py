@@ -148,7 +148,8 @@ def load_audio_dataset(
     """Load a data set from a folder or CSV file whose layout is recognised, or from the Hub.
 
     Args:
-        name_or_path: a folder (ESC-50, UrbanSound8K, audio folder), a `.csv` file, or the id of a data set on the Hub.
+        name_or_path: a folder (ESC-50, UrbanSound8K, audio folder, or a downloaded data set of the Hub in Parquet
+            files), a `.csv` file, or the id of a data set on the Hub.
         audio_column: column of the clips in a CSV file or a data set of the Hub.
         label_column: column of the labels in a CSV file or a data set of the Hub.
         on_missing: "error" (default) or "skip" table rows whose file does not exist.
@@ -163,13 +164,13 @@ def load_audio_dataset(
         ValueError: a folder whose layout is unknown.
     """
     path = Path(name_or_path)
-    if path.is_dir():
+    if path.is_dir() and not any(path.rglob("*.parquet")):
         return _read_folder(path, on_missing)
     if path.is_file():
         if path.suffix.lower() != ".csv":
             raise ValueError(f"{path} is not a data set that can be read; known layouts: {LAYOUTS}")
         return read_csv(path, audio_column, label_column, on_missing)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
         raise FileNotFoundError(f"{name_or_path} does not exist; check the path of the data set")
     try:
         loaded = datasets.load_dataset(str(name_or_path), **load_dataset_kwargs)
