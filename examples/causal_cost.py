@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""What the causal and the reconstruction loss cost: time and memory of a training step, over that without them.
+
+    python examples/causal_cost.py
+
+A step is forward, backward and AdamW update of `cat-tiny` on 10-second features. The variants alternate in one process,
+so that a busy machine slows them alike; the ratio of medians is reported. Memory is the peak of a fresh process each.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from transformers_cat import CATConfig, CATForAudioClassification
+
+CONFIG = Path(__file__).parents[1] / "model_cards" / "cat-tiny"
+FRAMES = 1000
+VARIANTS = {
+    "without": {"causal_loss_weight": 0.0, "reconstruction_loss_weight": 0.0},
+    "l_c": {"reconstruction_loss_weight": 0.0},
+    "l_c, closed form": {"reconstruction_loss_weight": 0.0, "causal_estimator": "closed_form"},
+    "l_c and l_rs": {},
+}
+TASKS = {"50 classes": ("single_label_classification", 50), "527 labels": ("multi_label_classification", 527)}
+
+
+class Step:
+    """A training step of one variant."""
+
+    def __init__(self, variant: str, task: str, batch_size: int):
+        problem_type, classes = TASKS[task]
+        torch.manual_seed(0)
+        config = CATConfig.from_pretrained(CONFIG, num_labels=classes, problem_type=problem_type, **VARIANTS[variant])
+        self.model = CATForAudioClassification(config).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.features = torch.randn(batch_size, FRAMES, config.feature_size)
+        self.labels = torch.randint(classes, (batch_size,))
+        if problem_type == "multi_label_classification":  # AudioSet has some two labels a clip
+            self.labels = torch.nn.functional.one_hot(self.labels, classes).float()
+            self.labels[:, :2] = 1.0
+
+    def __call__(self) -> float:
+        start = time.perf_counter()
+        self.model(self.features, labels=self.labels).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def peak_memory(variant: str, task: str, batch_size: int) -> int:
+    """Bytes that two steps need at most, in a process of their own."""
+    command = [sys.executable, __file__, "--memory_of", variant, task, "--batch_size", str(batch_size)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory_of", nargs=2, metavar=("VARIANT", "TASK"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        step = Step(*args.memory_of, args.batch_size)
+        step(), step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch_size}")
+    print("| task | objective | time | memory |\n| --- | --- | --- | --- |")
+    for task in TASKS:
+        steps = {variant: Step(variant, task, args.batch_size) for variant in VARIANTS}
+        times = {variant: [] for variant in VARIANTS}
+        for repeat in range(args.repeats + 1):
+            for variant, step in steps.items():
+                seconds = step()
+                if repeat:  # the first one allocates
+                    times[variant].append(seconds)
+        medians = {variant: statistics.median(values) for variant, values in times.items()}
+        memory = {variant: peak_memory(variant, task, args.batch_size) for variant in VARIANTS}
+        for variant in VARIANTS:
+            time_ratio, memory_ratio = (values[variant] / values["without"] for values in (medians, memory))
+            print(
+                f"| {task} | {variant} | {medians[variant]:.2f} s, {time_ratio:.3f} | "
+                f"{memory[variant] / 2**30:.2f} GiB, {memory_ratio:.3f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""A checkpoint that carries its code works where the package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
+
+from .conftest import awaken, small_config
+
+# Any import of the package fails, as it does for a user who has only transformers.
+WITHOUT_PACKAGE = "import sys; sys.modules['transformers_cat'] = None\n"
+USE = """
+import torch
+from safetensors.torch import save_file
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+folder, again = sys.argv[1:]
+extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True)
+body = AutoModel.from_pretrained(folder, trust_remote_code=True)
+torch.manual_seed(0)
+clip = torch.randn(40_000) * 0.1
+with torch.no_grad():
+    batch = extractor(clip, sampling_rate=32_000, return_tensors="pt")
+    outputs = {"logits": model(**batch).logits, "latents": body(**batch).pooler_output}
+best = pipeline("audio-classification", model=folder, trust_remote_code=True)(clip.numpy(), top_k=1)
+assert best[0]["label"] == model.config.id2label[int(outputs["logits"].argmax())]
+model.save_pretrained(again)
+extractor.save_pretrained(again)
+save_file(outputs, again + "/outputs.safetensors")
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """Folder with weights, configurations and code."""
+    for cls, auto_class in (
+        (CATConfig, "AutoConfig"),
+        (CATForAudioClassification, "AutoModelForAudioClassification"),
+        (CATFeatureExtractor, "AutoFeatureExtractor"),
+    ):
+        monkeypatch.setattr(cls, "_auto_class", auto_class)
+    torch.manual_seed(0)
+    model = awaken(CATForAudioClassification(small_config())).eval()
+    model.config.auto_map = {"AutoModel": "modeling_cat.CATModel"}
+    model.save_pretrained(tmp_path / "checkpoint")
+    CATFeatureExtractor().save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def use(folder, again, cache) -> None:
+    """Loads, runs and saves a checkpoint in a fresh process."""
+    environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + USE, str(folder), str(again)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+def test_loads_runs_and_saves_without_the_package(checkpoint, tmp_path):
+    code = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "mrmf.py"}
+    assert {path.name for path in checkpoint.glob("*.py")} == code
+    use(checkpoint, tmp_path / "first", tmp_path / "cache")
+    use(tmp_path / "first", tmp_path / "second", tmp_path / "cache")
+    torch.manual_seed(0)
+    clip = torch.randn(40_000) * 0.1
+    batch = CATFeatureExtractor()(clip, sampling_rate=32_000, return_tensors="pt")
+    with torch.no_grad():
+        expected = CATForAudioClassification.from_pretrained(checkpoint)(**batch)
+    for folder in ("first", "second"):
+        outputs = load_file(tmp_path / folder / "outputs.safetensors")
+        assert (outputs["logits"] == expected.logits).all()
+        assert (outputs["latents"] == expected.pooler_output).all()
+        assert {path.name for path in (tmp_path / folder).glob("*.py")} == code
+
+
+def test_the_package_comes_before_the_code(checkpoint):
+    model = CATForAudioClassification.from_pretrained(checkpoint)
+    assert type(model) is CATForAudioClassification
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForAudioClassification"}
