@@ -7,12 +7,15 @@ EPOCHS ?= 8
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo data test lint clean
 
-demo: $(VENV)/installed
+demo: data $(VENV)/installed
+	$(BIN)/python examples/demo.py --data "$(DATA)" --epochs $(EPOCHS)
+
+# Asked first: nobody should wait for an installation to read that there is nothing to train on.
+data:
 	@test -d "$(DATA)" || { echo "No data folder $(DATA). Pass one in the layout of ESC-50 or UrbanSound8K," \
 	  "or with train/<class>/ and test/<class>/ sub-folders: make demo DATA=/path/to/recordings"; exit 2; }
-	$(BIN)/python examples/demo.py --data "$(DATA)" --epochs $(EPOCHS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -197,7 +197,7 @@ def write_table(runs: list[dict], path: Path) -> None:
         scores[run["variant"], run["question"]].append(100 * run["accuracy"])
     questions = list(dict.fromkeys(run["question"] for run in runs))
     lines = ["| objective | " + " | ".join(questions) + " |", "| --- " * (len(questions) + 1) + "|"]
-    for variant in VARIANTS:
+    for variant in [name for name in VARIANTS if any(run["variant"] == name for run in runs)]:
         cells = []
         for question in questions:
             values = scores[variant, question]
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds esc10 and urbansound8k")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/causal"))
     parser.add_argument("--questions", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
@@ -224,7 +225,7 @@ def main() -> None:
     corpora = {"esc10": Corpus(read_esc50(args.data / "esc10"), seconds=5)}
     if "transfer" in args.questions:
         corpora["urbansound8k"] = Corpus(read_urbansound8k(args.data / "urbansound8k"), seconds=4)
-    settings = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
+    settings = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
     for name in args.questions:
         for question, variant, seed, score, pns in QUESTIONS[name](corpora, settings, args):
             run = {"question": question, "variant": variant, "seed": seed, "accuracy": score, "pns": pns}

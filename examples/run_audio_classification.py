@@ -44,6 +44,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from transformers_cat import CATConfig, CATFeatureExtractor
 from transformers_cat.configuration_cat import MRMF_ARGUMENTS
+from transformers_cat.convert import load_trunk
 from transformers_cat.training import (
     AudioCollator,
     AudioTrainer,
@@ -79,6 +80,10 @@ class ModelArguments:
     config_name: str | None = field(
         default=None,
         metadata={"help": "Folder or id with a config.json; without a checkpoint, it is trained from scratch."},
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "With --config_name: a Swin or CLAP (HTS-AT) checkpoint whose trunk is the start."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -338,7 +343,11 @@ def load_model(
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type  # never inferred: mixup's labels are floats in a single-label problem too
     if model_args.model_name_or_path is None:
-        return AutoModelForAudioClassification.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        model = AutoModelForAudioClassification.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        if model_args.init_from:
+            report = load_trunk(model, model_args.init_from, cache_dir=model_args.cache_dir, token=model_args.token)
+            logger.info("Started from %s: %s", model_args.init_from, report)
+        return model
     return AutoModelForAudioClassification.from_pretrained(
         model_args.model_name_or_path,
         config=config,

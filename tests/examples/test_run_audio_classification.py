@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, SwinConfig, SwinModel
 
 from transformers_cat import load_audio
 
@@ -411,6 +411,18 @@ def test_rows_of_table_2c_are_flags(script, folder, tmp_path, backbone, row):
         entry for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "loss" in entry
     ]
     assert ("causal_loss" in logged) == (row == {})
+
+
+def test_training_starts_from_another_trunk(script, folder, tmp_path, capsys):
+    source = SwinModel(SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=8))
+    source.save_pretrained(tmp_path / "swin")
+    flags = ["--do_train", "--max_steps", "1", "--learning_rate", "0", "--init_from", str(tmp_path / "swin")]
+    script.main(arguments(folder, tmp_path / "out", *flags))
+    assert "tensors taken as they are" in capsys.readouterr().err
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    kernel = source.embeddings.patch_embeddings.projection.weight
+    assert torch.equal(saved["cat.embeddings.projection.weight"], kernel)
+    assert saved["cat.embeddings.position.gate"] == 0
 
 
 def test_unknown_overrides_are_refused_by_name(script, folder, tmp_path):
