@@ -9,6 +9,7 @@ from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassifi
 from transformers_cat.causal import causal_loss, conditional_pns
 from transformers_cat.modeling_cat import (
     CATAttention,
+    CATDropPath,
     CATFeatureNorm,
     CATPositionEmbedding,
     attention_mask_of_windows,
@@ -238,12 +239,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_logits_do_not_depend_on_batch_mates(real_clips, overrides):
-    model = model_with(**overrides)
+def assert_batch_mates_change_nothing(model: CATForAudioClassification, clips: list) -> None:
     names = ("filters", "window_lengths", "hop_lengths")
     extractor = CATFeatureExtractor(**{name: getattr(model.config, name) for name in names})
-    clips = [real_clips[0][:1_600], real_clips[1][:48_001], real_clips[2], real_clips[3][:100_000]]
     with torch.no_grad():
         together = model(**extractor(clips, sampling_rate=RATE, return_tensors="pt"), output_frame_logits=True)
         for index, clip in enumerate(clips):
@@ -258,9 +256,22 @@ def test_logits_do_not_depend_on_batch_mates(real_clips, overrides):
     assert spread > 1e-3  # the clips are told apart at all
 
 
-def test_logits_do_not_depend_on_what_the_padding_holds(small_model, real_clips):
-    extractor = CATFeatureExtractor()
-    batch = extractor(real_clips[0][:40_000], sampling_rate=RATE, return_tensors="pt")
+@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
+def test_logits_do_not_depend_on_batch_mates(overrides):
+    model = model_with(**overrides)
+    lengths = (1_600, 48_001, 160_000, 100_000)
+    clips = [torch.randn(length) * 0.3**index for index, length in enumerate(lengths)]
+    assert_batch_mates_change_nothing(model, clips)
+
+
+def test_logits_of_recordings_do_not_depend_on_batch_mates(small_model, real_clips):
+    clips = [real_clips[0][:1_600], real_clips[1][:48_001], real_clips[2], real_clips[3][:100_000]]
+    assert_batch_mates_change_nothing(small_model, clips)
+
+
+def test_logits_do_not_depend_on_what_the_padding_holds(small_model):
+    torch.manual_seed(0)
+    batch = CATFeatureExtractor()(torch.randn(40_000) * 0.1, sampling_rate=RATE, return_tensors="pt")
     padded = nn.functional.pad(batch["input_values"], (0, 0, 0, 77), value=3.0)
     mask = nn.functional.pad(batch["attention_mask"], (0, 77))
     with torch.no_grad():
@@ -312,11 +323,21 @@ def test_feature_norm_is_batch_norm_over_the_frames_that_hold_audio():
     torch.testing.assert_close(norm(features, mask)[mask], reference(features[mask]), atol=1e-5, rtol=1e-5)
 
 
-def test_every_parameter_is_trained(real_clips):
+def test_every_parameter_is_trained():
     model = model_with().train()
-    batch = CATFeatureExtractor()(real_clips, sampling_rate=RATE, return_tensors="pt")
-    model(**batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
+    model(torch.randn(4, 200, 384), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
+
+
+def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop_path = CATDropPath(0.25)
+    branch = torch.ones(4_000, 3, 2)
+    dropped = drop_path(branch)
+    per_clip = dropped.flatten(1)
+    assert per_clip.unique().tolist() == pytest.approx([0, 4 / 3]) and (per_clip == per_clip[:, :1]).all()
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert drop_path.eval()(branch) is branch
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
