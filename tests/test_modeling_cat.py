@@ -467,6 +467,29 @@ def test_hidden_states_and_attentions(small_model):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
 
+@pytest.mark.parametrize("case", ["features", "padded features", "waveforms", "training"])
+def test_compiles_without_a_graph_break(small_model, case):
+    torch.compiler.reset()
+    inputs = {"input_values": torch.randn(2, 50, 384)}
+    if case == "padded features":
+        inputs["attention_mask"] = torch.arange(50) < torch.tensor([50, 31])[:, None]
+    if case == "waveforms":
+        inputs["input_values"] = torch.randn(2, 16_000)
+    if case == "training":
+        inputs["labels"] = torch.tensor([0, 1])
+        small_model.config.problem_type = "single_label_classification"
+        small_model.train()
+    # The backend that runs the traced graph as it is: what can break is the tracing.
+    compiled = torch.compile(small_model, backend="eager", fullgraph=True, dynamic=False)
+    torch.manual_seed(1)
+    output = compiled(**inputs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(output.logits, small_model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    if case == "training":
+        output.loss.backward()
+        assert all(value.grad is not None for value in small_model.parameters())
+
+
 def test_eager_is_sdpa(small_model):
     features = torch.randn(3, 50, 384)
     mask = torch.arange(50) < torch.tensor([50, 31, 2])[:, None]
