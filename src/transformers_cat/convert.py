@@ -115,6 +115,8 @@ class _Weights(dict):
 def _renamed(source: PreTrainedModel) -> _Weights:
     weights = _Weights()
     for name, value in source.state_dict().items():
+        if name.endswith("relative_position_index"):  # follows from the window; some releases save it all the same
+            continue
         for pattern, replacement in _NAMES:
             name = re.sub(pattern, replacement, name)
         weights[name] = value
