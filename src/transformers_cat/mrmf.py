@@ -146,7 +146,6 @@ class MRMFSpectrogram(nn.Module):
             count = num_frames * self.frame_shift // hop_length
         left = (window_length - hop_length) // 2 + (hop_length if coarse else 0)
         right = (count - 1) * hop_length + window_length - left - waveform.shape[-1]
-        # Negative padding crops samples past the last window, of which there are none unless hop > frame_shift.
         frames = nn.functional.pad(waveform, (left, right)).unfold(-1, window_length, hop_length)
         # The transform zero-pads each frame on its right: a shift of phase, which power does not see.
         spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"), n=fft_length(window_length))
