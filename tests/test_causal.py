@@ -526,7 +526,7 @@ def test_reconstruction_places_every_cell_where_a_direct_loop_does():
     filters, resolutions, patch = 2, 3, (4, 2)
     head = ReconstructionHead(5, filters, resolutions, patch)
     tokens = torch.randn(2, 3, 2, 5)
-    actual = head(tokens, num_frames=12, num_bins=4)
+    actual = head.assemble(head(tokens), num_frames=12, num_bins=4)
     assert actual.shape == (2, filters, resolutions, 12, 4)
     cells = head.projection(tokens)
     for filter_ in range(filters):
@@ -546,17 +546,39 @@ def test_reconstruction_of_square_patches_is_convolution_and_pixel_shuffle():
     kernel = head.projection.weight[:, :, None, None]
     convolved = F.conv2d(tokens.permute(0, 3, 1, 2), kernel, head.projection.bias)
     expected = F.pixel_shuffle(convolved, 4).unflatten(1, (2, 3))
-    assert_same(head(tokens, 12, 8), expected, 1e-6)
+    assert_same(head.assemble(head(tokens), 12, 8), expected, 1e-6)
 
 
 def test_reconstruction_crops_to_the_size_asked_for():
     head = ReconstructionHead(5, 2, 3, patch=(4, 2))
-    tokens = torch.randn(2, 3, 2, 5)
-    cropped = head(tokens, num_frames=10, num_bins=3)
+    patches = head(torch.randn(2, 3, 2, 5))
+    cropped = head.assemble(patches, num_frames=10, num_bins=3)
     assert cropped.shape == (2, 2, 3, 10, 3)
-    assert_same(cropped, head(tokens, 12, 4)[..., :10, :3], 0)
-    with pytest.raises(ValueError, match="12 frames and 4 bins; 13 frames"):
-        head(tokens, num_frames=13, num_bins=4)
+    assert_same(cropped, head.assemble(patches, 12, 4)[..., :10, :3], 0)
+
+
+def test_cut_is_the_inverse_of_assemble():
+    head = ReconstructionHead(5, 2, 3, patch=(4, 2))
+    patches = torch.randn(2, 3, 2, 2, 3, 4, 2)
+    assert_same(head.cut(head.assemble(patches, 12, 4), 3, 2), patches, 0)
+    padded = head.cut(head.assemble(patches, 10, 3), 3, 2)
+    assert_same(padded[:, :2, :1], patches[:, :2, :1], 0)
+    assert padded[:, 2, ..., 2:, :].abs().max() == 0 and padded[:, :, 1, ..., 1].abs().max() == 0
+    with pytest.raises(ValueError, match="12 frames and 4 bins; the spectrograms have 13"):
+        head.cut(torch.zeros(1, 2, 3, 13, 4), 3, 2)
+
+
+@pytest.mark.parametrize("num_frames, num_bins", [(12, 4), (10, 4), (12, 3), (9, 3)])
+def test_loss_of_patches_is_that_of_the_assembled_spectrograms(num_frames, num_bins):
+    torch.manual_seed(0)
+    head = ReconstructionHead(5, 2, 3, patch=(4, 2)).double()
+    patches = head(torch.randn(2, 3, 2, 5, dtype=torch.float64))
+    target = torch.randn(2, 2, 3, num_frames, num_bins, dtype=torch.float64)
+    assembled = head.assemble(patches, num_frames, num_bins)
+    assert_same(head.loss(patches, target), F.mse_loss(assembled, target))
+    mask = torch.arange(num_frames) < torch.tensor([num_frames, 5])[:, None]
+    expected = reconstruction_loss(assembled, target, mask[:, None, None, :, None])
+    assert_same(head.loss(patches, target, mask), expected)
 
 
 def test_masked_reconstruction_loss_is_that_of_the_unpadded_clip():
@@ -566,7 +588,7 @@ def test_masked_reconstruction_loss_is_that_of_the_unpadded_clip():
     mask[:, 4:] = False
     target[..., 4:, :] = float("nan")  # whatever padding holds
     reconstruction.requires_grad_()
-    loss = reconstruction_loss(reconstruction, target, mask)
+    loss = reconstruction_loss(reconstruction, target, mask[:, None, None, :, None])
     assert_same(loss, F.mse_loss(reconstruction[..., :4, :], target[..., :4, :]))
     loss.backward()
     assert reconstruction.grad.isfinite().all() and reconstruction.grad[..., 4:, :].abs().max() == 0
@@ -578,13 +600,13 @@ def test_masked_reconstruction_loss_is_the_mean_over_all_valid_elements():
     lengths = [6, 2]
     mask = torch.arange(6) < torch.tensor(lengths)[:, None]
     errors = [(reconstruction[i, ..., :t, :] - target[i, ..., :t, :]).square().flatten() for i, t in enumerate(lengths)]
-    assert_same(reconstruction_loss(reconstruction, target, mask), torch.cat(errors).mean())
+    assert_same(reconstruction_loss(reconstruction, target, mask[:, None, None, :, None]), torch.cat(errors).mean())
     assert_same(reconstruction_loss(reconstruction, target), F.mse_loss(reconstruction, target))
 
 
 def test_reconstruction_loss_of_padding_only_is_zero():
     reconstruction = torch.randn(1, 2, 3, 6, 4, requires_grad=True)
-    loss = reconstruction_loss(reconstruction, torch.randn(1, 2, 3, 6, 4), torch.zeros(1, 6, dtype=torch.bool))
+    loss = reconstruction_loss(reconstruction, torch.randn(1, 2, 3, 6, 4), torch.zeros(1, 1, 1, 6, 1, dtype=torch.bool))
     loss.backward()
     assert loss == 0 and reconstruction.grad.abs().max() == 0
 

@@ -193,6 +193,9 @@ class ReconstructionHead(nn.Module):
 
     Each token predicts its own patch of `patch` = (frames, bins), for every filter and resolution. The pooled vector
     alone cannot be in bijection with some 4e5 inputs. Cost: C G K multiplications per predicted frame and bin.
+
+    The loss compares patches with patches: the target is cut up, which needs no gradient, and the pixel shuffle
+    (`assemble`) is left to who wants to look at the spectrograms.
     """
 
     def __init__(self, hidden_size: int, num_filters: int, num_resolutions: int, patch: tuple[int, int] = (32, 32)):
@@ -203,39 +206,63 @@ class ReconstructionHead(nn.Module):
         # On channels-last tokens a linear layer is the 1x1 convolution.
         self.projection = nn.Linear(hidden_size, num_filters * num_resolutions * patch[0] * patch[1])
 
-    def forward(self, tokens: Tensor, num_frames: int, num_bins: int) -> Tensor:
-        """tokens (B, T_s, F_s, C) -> (B, G, K, num_frames, num_bins); what the grid covers beyond that is cropped."""
-        batch, time, frequency, _ = tokens.shape
-        patch_time, patch_frequency = self.patch
-        if num_frames > time * patch_time or num_bins > frequency * patch_frequency:
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, t, f, C) -> patches (B, t, f, G, K, frames, bins)."""
+        return self.projection(tokens).unflatten(-1, (self.num_filters, self.num_resolutions, *self.patch))
+
+    def assemble(self, patches: Tensor, num_frames: int, num_bins: int) -> Tensor:
+        """patches (B, t, f, G, K, frames, bins) -> (B, G, K, num_frames, num_bins); what lies beyond is cropped."""
+        spectrograms = patches.permute(0, 3, 4, 1, 5, 2, 6)  # (B, G, K, t, frames, f, bins)
+        return spectrograms.flatten(5, 6).flatten(3, 4)[..., :num_frames, :num_bins]
+
+    def cut(self, spectrograms: Tensor, time: int, frequency: int) -> Tensor:
+        """The inverse: (B, G, K, T, F), padded with zeros -> (B, time, frequency, G, K, frames, bins)."""
+        (num_frames, num_bins), (frames, bins) = spectrograms.shape[-2:], self.patch
+        missing = (time * frames - num_frames, frequency * bins - num_bins)
+        if min(missing) < 0:
             raise ValueError(
-                f"{time} x {frequency} tokens of patch {self.patch} cover {time * patch_time} frames and "
-                f"{frequency * patch_frequency} bins; {num_frames} frames and {num_bins} bins were asked for."
+                f"{time} x {frequency} patches of {self.patch} cover {time * frames} frames and {frequency * bins} "
+                f"bins; the spectrograms have {num_frames} and {num_bins}."
             )
-        cells = self.projection(tokens)
-        cells = cells.view(batch, time, frequency, self.num_filters, self.num_resolutions, patch_time, patch_frequency)
-        cells = cells.permute(0, 3, 4, 1, 5, 2, 6)  # (B, G, K, T_s, patch_time, F_s, patch_frequency)
-        spectrograms = cells.flatten(5, 6).flatten(3, 4)  # (B, G, K, T_s * patch_time, F_s * patch_frequency)
-        return spectrograms[..., :num_frames, :num_bins]
+        if max(missing):
+            spectrograms = F.pad(spectrograms, (0, missing[1], 0, missing[0]))
+        return spectrograms.unflatten(-1, (frequency, bins)).unflatten(-3, (time, frames)).permute(0, 3, 5, 1, 2, 4, 6)
+
+    def loss(self, patches: Tensor, spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """l_rs between patches (B, t, f, G, K, frames, bins) and what they stand for, (B, G, K, T, F).
+
+        frame_mask (B, T) is true where a frame is not padding.
+        """
+        time, frequency = patches.shape[1:3]
+        num_frames, num_bins = spectrograms.shape[-2:]
+        mask = None
+        if frame_mask is not None or (num_frames, num_bins) != (time * self.patch[0], frequency * self.patch[1]):
+            mask = spectrograms.new_ones(1, 1, 1, num_frames, num_bins, dtype=torch.bool)
+            if frame_mask is not None:
+                mask = mask & frame_mask.bool()[:, None, None, :, None]
+            mask = self.cut(mask, time, frequency)
+        return reconstruction_loss(patches, self.cut(spectrograms.detach(), time, frequency), mask)
 
 
-def reconstruction_loss(reconstruction: Tensor, target: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+def reconstruction_loss(reconstruction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """The reconstruction loss l_rs of eq. 7, as the mean squared error per element.
 
-    reconstruction, target (B, G, K, T, F), frame_mask (B, T), true where a frame is not padding -> scalar, in fp32 at
-    least; 0 where all is padding. The gradient stops at the target. The printed norm is not an average: some 600 times
-    larger, it would drown the cross-entropy.
+    reconstruction and target of any one shape, mask of a shape that broadcasts to it, true where an element counts
+    (not on padding) -> scalar, in fp32 at least; 0 where nothing counts. The gradient stops at the target. The printed
+    norm is not an average: some 600 times larger, it would drown the cross-entropy.
     """
     if reconstruction.shape != target.shape:
         raise ValueError(
             f"The reconstruction {tuple(reconstruction.shape)} and its target {tuple(target.shape)} differ in shape."
         )
     dtype = torch.promote_types(reconstruction.dtype, torch.float32)
-    difference = reconstruction.to(dtype) - target.detach().to(dtype)
-    if frame_mask is None:
-        return difference.square().mean()
-    mask = frame_mask.bool()[:, None, None, :, None].expand_as(difference)
-    return difference.masked_fill(~mask, 0).square().sum() / mask.sum().clamp(min=1)
+    reconstruction, target = reconstruction.to(dtype), target.detach().to(dtype)
+    if mask is None:
+        return F.mse_loss(reconstruction, target)
+    # What does not count is compared with itself: no error and no gradient.
+    target = torch.where(mask, target, reconstruction.detach())
+    count = mask.expand_as(target).sum().clamp(min=1)
+    return F.mse_loss(reconstruction, target, reduction="sum") / count
 
 
 class CausalModule(nn.Module):

@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns, reconstruction_loss
+from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig
 from .mrmf import MRMFSpectrogram
 
@@ -771,17 +771,17 @@ class CATForAudioClassification(CATPreTrainedModel):
         outputs = self.cat(input_values, attention_mask=attention_mask, **kwargs)
         latents = outputs.pooler_output
         logits = self.classifier(latents)
-        reconstruction = None
+        patches = None
         if output_reconstruction or (labels is not None and self.training and self.reconstruction is not None):
-            reconstruction = self.reconstruct(outputs)
+            patches = self.reconstruct(outputs)
         return CATSequenceClassifierOutput(
-            **({} if labels is None else self.objective(outputs, logits, labels, reconstruction)),
+            **({} if labels is None else self.objective(outputs, logits, labels, patches)),
             logits=logits,
             frame_logits=self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None,
             token_mask=outputs.token_mask if output_frame_logits else None,
             pooler_output=latents,
             pns=self.pns(latents, logits, labels) if output_pns else None,
-            reconstruction=reconstruction if output_reconstruction else None,
+            reconstruction=self.assemble(patches, outputs) if output_reconstruction else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -791,7 +791,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         outputs: CATModelOutput,
         logits: torch.Tensor,
         labels: torch.Tensor,
-        reconstruction: torch.Tensor | None,
+        patches: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
         """L of eq. (10) as `loss`, and its parts by name; in evaluation l_theta alone."""
         loss = classification = self.classification_loss(logits, labels)
@@ -804,7 +804,7 @@ class CATForAudioClassification(CATPreTrainedModel):
             loss = loss + self.config.causal_loss_weight * parts["causal_loss"]
         if self.reconstruction is not None:
             target = self.spectrograms(outputs.normalized_features)
-            parts["reconstruction_loss"] = reconstruction_loss(reconstruction, target, outputs.frame_mask)
+            parts["reconstruction_loss"] = self.reconstruction.loss(patches, target, outputs.frame_mask)
             loss = loss + self.config.reconstruction_loss_weight * parts["reconstruction_loss"]
         return {"loss": loss, **parts}
 
@@ -843,15 +843,17 @@ class CATForAudioClassification(CATPreTrainedModel):
         ).clamp(min=0)
 
     def reconstruct(self, outputs: CATModelOutput) -> torch.Tensor:
-        """Phi(f(X)) of eq. (7): the last token map -> (B, G, K, T, F)."""
+        """Phi(f(X)) of eq. (7), in patches: the last token map -> (B, t, f, G, K, frames, bins)."""
         if self.reconstruction is None:
             raise ValueError(
                 "This model has no reconstruction block: its configuration has `reconstruction_loss_weight` 0. Load it "
                 "with a positive one, from a checkpoint that was trained with it."
             )
-        return self.reconstruction(
-            outputs.last_hidden_state, outputs.normalized_features.shape[1], self.config.num_bins
-        )
+        return self.reconstruction(outputs.last_hidden_state)
+
+    def assemble(self, patches: torch.Tensor, outputs: CATModelOutput) -> torch.Tensor:
+        """Patches of a reconstruction -> (B, G, K, T, F)."""
+        return self.reconstruction.assemble(patches, outputs.normalized_features.shape[1], self.config.num_bins)
 
     def spectrograms(self, features: torch.Tensor) -> torch.Tensor:
         """X of eq. (7): (B, T, G * K * F) -> (B, G, K, T, F)."""
