@@ -175,9 +175,11 @@ def test_sum_of_resolutions_is_the_patch_convolution():
     torch.manual_seed(0)
     embeddings = awaken(CATModel(small_config())).embeddings
     features = torch.randn(2, 3, 3, 40, 64)  # (G, B, K, T, F)
-    tokens = embeddings.tokens_of_resolutions(features).sum(0) + embeddings.projection.bias
-    expected = embeddings.projection(features.flatten(0, 1)).permute(0, 2, 3, 1).unflatten(0, (2, 3))
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+    tokens, bias = embeddings.projection(features)
+    weight, stride = embeddings.projection.weight, embeddings.projection.stride
+    expected = nn.functional.conv2d(features.flatten(0, 1), weight, bias, stride)
+    expected = expected.permute(0, 2, 3, 1).unflatten(0, (2, 3))
+    torch.testing.assert_close(tokens.sum(0) + bias, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_exchange_is_attention_over_the_resolutions():

@@ -218,21 +218,18 @@ class CATPositionEmbedding(nn.Module):
 
     def sinusoids(self, length: int) -> torch.Tensor:
         """(length, C): sine and cosine pairs at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al., 2017)."""
-        weight = self.projection.weight
-        position = torch.arange(length, device=weight.device, dtype=torch.float32)[:, None]
-        exponent = torch.arange(0, self.dim, 2, device=weight.device, dtype=torch.float32) / self.dim
+        position = torch.arange(length, device=self.gate.device, dtype=torch.float32)[:, None]
+        exponent = torch.arange(0, self.dim, 2, device=self.gate.device, dtype=torch.float32) / self.dim
         angle = position * 10_000.0**-exponent
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(weight.dtype)
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(self.gate.dtype)
 
     def forward(self, t: int, f: int) -> torch.Tensor:
         """-> (K, G, 1, t, f, C)."""
-        # g is linear: applied to the two parts of its input apart, it never sees K * t rows.
-        of_time, of_resolution = self.projection.weight.split([self.dim, self.num_resolutions], dim=1)
-        time = nn.functional.linear(self.sinusoids(t), of_time, self.projection.bias)  # (t, C)
-        grid = time[:, None] + self.sinusoids(f)[None]  # (t, f, C)
-        return self.gate * (
-            grid + self.filters[None, :, None, None, None] + of_resolution.t()[:, None, None, None, None]
-        )
+        resolutions = torch.eye(self.num_resolutions, device=self.gate.device, dtype=self.gate.dtype)
+        of_time = self.sinusoids(t).expand(self.num_resolutions, -1, -1)
+        time = self.projection(torch.cat([of_time, resolutions[:, None].expand(-1, t, -1)], dim=2))  # (K, t, C)
+        grid = time[:, :, None] + self.sinusoids(f)  # (K, t, f, C)
+        return self.gate * (grid[:, None, None] + self.filters[:, None, None, None])
 
 
 class CATResolutionExchange(nn.Module):
@@ -286,6 +283,24 @@ class CATStem(nn.Module):
         return self.output(pad_time(features, self.output.stride[0], 2)).permute(0, 2, 3, 1)
 
 
+class CATPatchProjection(nn.Conv2d):
+    """A K-channel convolution with stride, as the K one-channel projections of which it is the sum.
+
+    The weights of a layer are used only in its own forward: whatever keeps them elsewhere until then (offloading,
+    sharding) fetches them there.
+    """
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(G, B, K, T, F) -> (K, G, B, t, f, C), without the bias, and the bias of their sum, (C,)."""
+        time, bins = self.kernel_size
+        features = pad_time(features, time, 3)
+        patches = features.unflatten(4, (-1, bins)).unflatten(3, (-1, time))  # (G, B, K, t, time, f, bins)
+        patches = patches.permute(2, 0, 1, 3, 5, 4, 6)  # (K, G, B, t, f, time, bins)
+        kernels = self.weight.permute(1, 2, 3, 0).flatten(1, 2)  # (K, time * bins, C)
+        tokens = torch.bmm(patches.reshape(kernels.shape[0], -1, time * bins), kernels)
+        return tokens.unflatten(1, patches.shape[1:5]), self.bias
+
+
 class CATEmbeddings(nn.Module):
     """Patches of the normalised MRMF, aggregated over the resolutions (Sec. III-A): one token map for each filter.
 
@@ -296,9 +311,9 @@ class CATEmbeddings(nn.Module):
 
     def __init__(self, config: CATConfig):
         super().__init__()
-        self.patch_size = tuple(config.patch_size)
+        patch = tuple(config.patch_size)
         self.shape = (config.num_filters, config.num_resolutions, config.num_bins)
-        self.projection = nn.Conv2d(config.num_resolutions, config.embed_dim, self.patch_size, stride=self.patch_size)
+        self.projection = CATPatchProjection(config.num_resolutions, config.embed_dim, patch, stride=patch)
         # Tokens of unit variance, beside which the sinusoids neither drown nor are drowned.
         self.projection.initial_std = self.projection.weight[0].numel() ** -0.5
         self.position = CATPositionEmbedding(config) if config.use_position_embedding else None
@@ -310,30 +325,16 @@ class CATEmbeddings(nn.Module):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
         features = features.unflatten(2, self.shape).permute(2, 0, 3, 1, 4)  # (G, B, K, T, F)
-        offset = 0
-        if self.position is not None or self.exchange is not None:
-            tokens = self.tokens_of_resolutions(features)  # (K, G, B, t, f, C)
-            if self.position is not None:
-                tokens = tokens + self.position(*tokens.shape[3:5])
-            if self.exchange is not None:
-                offset = self.exchange(tokens)
-            tokens = tokens.sum(0)
-        else:
-            tokens = self.tokens_of_resolutions(features).sum(0)
-        tokens = tokens + self.projection.bias + offset
+        tokens, bias = self.projection(features)  # (K, G, B, t, f, C)
+        if self.position is not None:
+            tokens = tokens + self.position(*tokens.shape[3:5])
+        if self.exchange is not None:
+            bias = bias + self.exchange(tokens)
+        tokens = tokens.sum(0) + bias
         if self.stem is not None:
             mask = None if frame_mask is None else frame_mask.repeat(features.shape[0], 1)
             tokens = tokens + self.stem(features.flatten(0, 1), mask).unflatten(0, features.shape[:2])
         return self.dropout(self.norm(tokens))
-
-    def tokens_of_resolutions(self, features: torch.Tensor) -> torch.Tensor:
-        """The K one-channel projections: (G, B, K, T, F) -> (K, G, B, t, f, C), without the bias."""
-        time, bins = self.patch_size
-        features = pad_time(features, time, 3)
-        patches = features.unflatten(4, (-1, bins)).unflatten(3, (-1, time))  # (G, B, K, t, time, f, bins)
-        patches = patches.permute(2, 0, 1, 3, 5, 4, 6)  # (K, G, B, t, f, time, bins)
-        kernels = self.projection.weight.permute(1, 2, 3, 0).flatten(1, 2)  # (K, time * bins, C)
-        return torch.bmm(patches.reshape(kernels.shape[0], -1, time * bins), kernels).unflatten(1, patches.shape[1:5])
 
 
 # Trunk
@@ -349,13 +350,20 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot products of (B, H, N, D) queries, keys and values -> (B, N, H, D) and the weights (B, H, N, N)."""
+    """Scaled dot products of (B, windows * heads, N, D) queries, keys and values.
+
+    Returns (B, N, windows * heads, D) and the weights (B * windows, heads, N, N).
+    """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
-    return output.transpose(1, 2).contiguous(), weights
+    # Used in the shape in which they are returned: so they have a gradient, which explanations of a decision read.
+    weights = weights.view(-1, module.num_heads, *weights.shape[2:])
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value.reshape(
+        -1, module.num_heads, *value.shape[2:]
+    )
+    return output.view(query.shape).transpose(1, 2).contiguous(), weights
 
 
 class CATRelativePositionBias(nn.Module):
@@ -443,8 +451,6 @@ class CATAttention(nn.Module):
         output = window_reverse(output.contiguous(), window, padded, f)
         if shift != (0, 0):
             output = output.roll(shift, (1, 2))
-        if weights is not None:
-            weights = weights.view(b * windows, self.num_heads, tokens, tokens)
         return self.output(output[:, :t]), weights
 
     def bias(self, mask: torch.Tensor | None, windows: int) -> torch.Tensor | None:
@@ -592,7 +598,7 @@ class CATPreTrainedModel(PreTrainedModel):
         "hidden_states": OutputRecorder(CATStage, index=0),
         "attentions": OutputRecorder(CATStage, index=2),
     }
-    _input_embed_layer = "projection"
+    _input_embed_layer = "embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -615,9 +621,6 @@ class CATPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CATRelativePositionBias):
             init.trunc_normal_(module.table, std=self.config.initializer_range)
             init.copy_(module.index, relative_position_index(module.window))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.projection
 
 
 class CATModel(CATPreTrainedModel):
