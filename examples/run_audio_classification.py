@@ -17,7 +17,6 @@ Other models of `AutoModelForAudioClassification` run with `--mixup_probability 
 losses may not take soft labels, and the masks need this package's features.
 """
 
-import csv
 import dataclasses
 import json
 import logging
@@ -26,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
@@ -40,6 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
 
 from transformers_cat import CATConfig, CATFeatureExtractor
@@ -57,13 +56,14 @@ from transformers_cat.training import (
     label_names,
     load_audio_dataset,
     main_metric,
-    plot_confusion_matrix,
     plot_learning_curves,
     split_folds,
     validate_audio_files,
+    write_predictions,
 )
-from transformers_cat.training.data import clip_name
 from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
+from transformers_cat.training.report import data_fingerprint, git_state, write_history, write_json
+from transformers_cat.training.scores import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class RecipeArguments(TrainingArguments):
         default_factory=lambda: ["labels"], metadata=TrainingArguments.__dataclass_fields__["label_names"].metadata
     )
     seed: int = _recipe("seed", 0)
-    report_to: None | str | list[str] = _recipe("report_to", "none")
+    report_to: None | str | list[str] = _recipe("report_to", "tensorboard" if is_tensorboard_available() else "none")
 
 
 @dataclass
@@ -218,7 +218,7 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     """Load, check and split the clips."""
     # One process fills the caches that the others then read.
     with args.main_process_first(desc="loading the data set"):
-        loaded = _load(data_args, model_args)
+        loaded = load_data(data_args, model_args)
     splits = _split(loaded, data_args, args)
     limits = {"train": data_args.max_train_samples}
     skipped = []
@@ -231,7 +231,8 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     return Clips(splits, skipped)
 
 
-def _load(data_args: DataArguments, model_args: ModelArguments) -> Dataset | DatasetDict:
+def load_data(data_args: DataArguments, model_args: ModelArguments) -> Dataset | DatasetDict:
+    """The data set or its splits, with nothing held out yet."""
     columns = {
         "audio_column": data_args.audio_column_name,
         "label_column": data_args.label_column_name,
@@ -381,24 +382,11 @@ def _hub_arguments(model_args: ModelArguments) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------------
-def write_predictions(path: Path, dataset: Dataset, scores: np.ndarray, names: list[str]) -> None:
-    """CSV with one clip per row: path, true label(s), most probable class and its probability."""
-    rows = dataset.with_format(None)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "predicted", "probability"])
-        for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
-            ids = row["label"] if isinstance(row["label"], list) else [row["label"]]
-            best = int(score.argmax())
-            label = ";".join(names[k] for k in ids)
-            writer.writerow([clip_name(row["audio"], i), label, names[best], f"{score[best]:.6f}"])
-
-
 def write_results(
     path: Path,
     metrics: dict,
     clips: Clips,
-    names: list[str],
+    config: PreTrainedConfig,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: TrainingArguments,
@@ -409,11 +397,14 @@ def write_results(
         "metrics": metrics,
         "clips": {name: len(split) for name, split in clips.splits.items()},
         "skipped": clips.skipped,
-        "labels": names,
+        "fingerprints": {name: data_fingerprint(split) for name, split in clips.splits.items()},
+        "labels": [config.id2label[i] for i in range(config.num_labels)],
+        "config": config.to_dict(),
         "arguments": {"model": model, "data": asdict(data_args), "training": args.to_dict()},
         "environment": environment(),
+        "git": git_state(),
     }
-    path.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(path, results)
 
 
 def evaluate(trainer: AudioTrainer, clips: Clips, names: list[str], problem_type: str) -> dict[str, float]:
@@ -422,11 +413,9 @@ def evaluate(trainer: AudioTrainer, clips: Clips, names: list[str], problem_type
     trainer.log_metrics("eval", output.metrics)
     trainer.save_metrics("eval", output.metrics)
     if trainer.is_world_process_zero():
-        folder = Path(trainer.args.output_dir)
         logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        write_predictions(folder / "predictions.csv", clips.reported, probabilities(logits, problem_type), names)
-        if problem_type == SINGLE_LABEL:
-            plot_confusion_matrix(output.label_ids, logits.argmax(-1), names, folder / "confusion_matrix.png")
+        scores = Scores.of(clips.reported, probabilities(logits, problem_type), names)
+        write_predictions(scores, problem_type, trainer.args.output_dir)
     return output.metrics
 
 
@@ -558,9 +547,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
-        write_results(folder / "results.json", metrics, clips, names, model_args, data_args, args)
         if args.do_train:
-            plot_learning_curves(trainer.state.log_history, folder / "learning_curve.png", main_metric(problem_type))
+            history = trainer.state.log_history
+            write_history(history, folder / "history.csv")
+            plot_learning_curves(history, folder / "learning_curve.png", main_metric(problem_type))
+        # Last: who finds it knows that the run has ended.
+        write_results(folder / "results.json", metrics, clips, model.config, model_args, data_args, args)
     if args.push_to_hub:
         trainer.push_to_hub(tasks="audio-classification", tags="audio-classification", dataset=data_args.dataset_name)
     return metrics

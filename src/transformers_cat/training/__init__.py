@@ -4,6 +4,7 @@ Nothing here is imported by the model or the feature extractor. It needs the `tr
 scikit-learn and matplotlib.
 """
 
+from .audioset import read_audioset
 from .collate import AudioCollator
 from .data import (
     align_labels,
@@ -20,7 +21,8 @@ from .data import (
     validate_audio_files,
 )
 from .metrics import Accuracy, DPrime, MeanAUC, MeanAveragePrecision, compute_metrics_for, main_metric
-from .report import environment, plot_confusion_matrix, plot_learning_curves
+from .report import environment, plot_confusion_matrix, plot_learning_curves, write_predictions
+from .scores import Scores, average_scores, read_scores, write_scores
 from .trainer import AudioTrainer
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "DPrime",
     "MeanAUC",
     "MeanAveragePrecision",
+    "Scores",
     "align_labels",
     "as_multi_label",
+    "average_scores",
     "compute_metrics_for",
     "decode_audio",
     "environment",
@@ -42,9 +46,13 @@ __all__ = [
     "plot_confusion_matrix",
     "plot_learning_curves",
     "read_audiofolder",
+    "read_audioset",
     "read_csv",
     "read_esc50",
+    "read_scores",
     "read_urbansound8k",
     "split_folds",
     "validate_audio_files",
+    "write_predictions",
+    "write_scores",
 ]

@@ -1,15 +1,26 @@
-"""What a run leaves behind for people: learning curves, a confusion matrix, the versions it ran with."""
+"""What a run leaves behind for people: curves, scores, a confusion matrix, and all that is needed to repeat it."""
 
+import csv
+import hashlib
+import json
+import os
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
+from datasets import Dataset, Value
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+
+from .data import is_multi_label, label_names
+from .metrics import PROBLEM_TYPES
+from .scores import Scores, clip_names, write_scores
 
 PACKAGES = (
     "transformers-cat",
@@ -95,6 +106,82 @@ def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str |
     return Path(path)
 
 
+def write_predictions(scores: Scores, problem_type: str, folder: str | Path) -> None:
+    """Write what the scores of labelled clips say: `predictions.csv` (a score file), `per_class.csv` and, where clips
+    have one label each, `confusion_matrix.csv` (rows: true classes) and `confusion_matrix.png`.
+
+    Args:
+        scores: probabilities of the clips.
+        problem_type: one of `PROBLEM_TYPES`.
+        folder: existing folder to write to.
+    """
+    folder = Path(folder)
+    write_scores(scores, folder / "predictions.csv")
+    per_class = per_class_scores(scores, problem_type)
+    write_rows(folder / "per_class.csv", list(per_class[0]), [row.values() for row in per_class])
+    if problem_type == PROBLEM_TYPES[0]:
+        labels, predicted = scores.targets().argmax(axis=1), scores.values.argmax(axis=1)
+        plot_confusion_matrix(labels, predicted, scores.names, folder / "confusion_matrix.png")
+        counts = confusion_matrix(labels, predicted, labels=range(len(scores.names))).tolist()
+        rows = [[name, *row] for name, row in zip(scores.names, counts)]
+        write_rows(folder / "confusion_matrix.csv", ["class", *scores.names], rows)
+
+
+def per_class_scores(scores: Scores, problem_type: str) -> list[dict]:
+    """For each class its number of clips, average precision and AUC (one class against the rest) and, where clips have
+    one label each, accuracy: the share of its clips that are named rightly. None where a score is not defined.
+    """
+    targets, predicted = scores.targets(), scores.values.argmax(axis=1)
+    rows = []
+    for i, name in enumerate(scores.names):
+        positive = targets[:, i] == 1
+        row = {"class": name, "clips": int(positive.sum())}
+        if problem_type == PROBLEM_TYPES[0]:
+            row["accuracy"] = float((predicted[positive] == i).mean()) if positive.any() else None
+        column = scores.values[:, i]
+        row["average_precision"] = float(average_precision_score(positive, column)) if positive.any() else None
+        both = positive.any() and not positive.all()
+        row["AUC"] = float(roc_auc_score(positive, column)) if both else None
+        rows.append(row)
+    return rows
+
+
+def write_history(log_history: Sequence[dict], path: str | Path) -> Path:
+    """Write one CSV row for each epoch that was logged, with losses and metrics of training and evaluation.
+
+    Args:
+        log_history: `trainer.state.log_history`. Where an epoch has several entries, the last value counts.
+        path: file to write.
+
+    Returns:
+        The path.
+    """
+    epochs = {}
+    for entry in log_history:
+        if "epoch" in entry and "train_runtime" not in entry:  # that one is about the whole training
+            epochs.setdefault(entry["epoch"], {}).update(entry)
+    keys = list(dict.fromkeys(["epoch", "step", *(key for entry in epochs.values() for key in entry)]))
+    return write_rows(path, keys, [[epochs[epoch].get(key) for key in keys] for epoch in sorted(epochs)])
+
+
+def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> Path:
+    """Write a CSV file; None is an empty cell."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return Path(path)
+
+
+def write_json(path: str | Path, content: dict) -> Path:
+    """Write JSON at once: a reader sees all of the file or, after a crash, none of it."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
 def environment() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on; those not installed are left out."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
@@ -103,7 +190,50 @@ def environment() -> dict[str, str]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    if torch.cuda.is_available():
+        versions["accelerator"] = torch.cuda.get_device_name()
     return versions
+
+
+def git_state(file: str | Path = __file__) -> dict | None:
+    """The commit that a file was run at, `{"commit", "dirty"}`; None where git does not know the file.
+
+    Args:
+        file: by default this one. A package that is installed elsewhere belongs to no checkout, even if its
+            environment lies in one.
+
+    Returns:
+        The commit's hash, and whether tracked files differ from it.
+    """
+    folder = Path(file).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(file).name)
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.CalledProcessError):  # no git, no checkout, or no commit yet
+        return None
+
+
+def data_fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over the clips' names, sizes in bytes and labels, in any order: which data a run saw.
+
+    Names are those of the files, without their folders, so a copy elsewhere has the same fingerprint. The size of a
+    clip that is stored inside the data set is left out: it would be read for it.
+    """
+    names, multi = label_names(dataset), is_multi_label(dataset)
+    files = dataset.features["audio"] == Value("string")
+    lines = []
+    for path, label in zip(clip_names(dataset), dataset.with_format(None)["label"][:]):
+        labels = sorted(names[k] for k in label) if multi else [names[label]]
+        lines.append(json.dumps([Path(path).name, os.path.getsize(path) if files else None, labels]))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _curve(log_history: Sequence[dict], key: str) -> tuple[list[float], list[float]]:

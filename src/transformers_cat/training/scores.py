@@ -1,0 +1,259 @@
+"""Class probabilities of clips: as CSV files, measured, and averaged over models into an ensemble.
+
+A score file has one clip per row. Its first column is `path`; `fold`, `label` (true labels, separated by ";"),
+`predicted` and `probability` may follow; every column after these is a class. The last two are for people, and are
+not read. A file made by any other program can take part if it has `path` and the classes.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Value
+from transformers import EvalPrediction
+
+from .data import LABEL_SEPARATOR, label_names
+from .metrics import PROBLEM_TYPES, compute_metrics_for
+
+_LEADING = ("path", "fold", "label", "predicted", "probability")
+_LISTED = 5  # an error names this many, then counts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Probabilities of the classes for each of n clips.
+
+    Attributes:
+        paths: name of each clip, each one once.
+        names: the C classes.
+        values: (n, C), in [0, 1].
+        labels: true classes of each clip; None if unknown.
+        folds: fold of each clip; None if there are none.
+    """
+
+    paths: list[str]
+    names: list[str]
+    values: np.ndarray
+    labels: list[list[str]] | None = None
+    folds: list[int] | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset, values: np.ndarray, names: Sequence[str]) -> "Scores":
+        """The clips, labels and folds of a data set with scores (n, C) of the classes `names`."""
+        rows, known = dataset.with_format(None), label_names(dataset)
+        ids = [row if isinstance(row, list) else [row] for row in rows["label"][:]]
+        return cls(
+            paths=clip_names(dataset),
+            names=list(names),
+            values=np.asarray(values, dtype=np.float64),
+            labels=[[known[i] for i in row] for row in ids],
+            folds=rows["fold"][:] if "fold" in dataset.column_names else None,
+        )
+
+    @property
+    def problem_type(self) -> str:
+        """Multi-label if a clip has several labels, or none."""
+        return PROBLEM_TYPES[any(len(row) != 1 for row in self._known_labels())]
+
+    def targets(self) -> np.ndarray:
+        """True classes as 0 and 1, (n, C).
+
+        Raises:
+            ValueError: the labels are not known, or not among the classes.
+        """
+        position = {name: i for i, name in enumerate(self.names)}
+        unknown = sorted({name for row in self._known_labels() for name in row} - position.keys())
+        if unknown:
+            raise ValueError(f"The clips have labels that are no class of the scores: {_listed(unknown)}")
+        targets = np.zeros(self.values.shape, dtype=np.int64)
+        for i, row in enumerate(self.labels):
+            targets[i, [position[name] for name in row]] = 1
+        return targets
+
+    def metrics(self, problem_type: str) -> dict[str, float]:
+        """What `compute_metrics_for` gives for these scores."""
+        targets = self.targets()
+        if problem_type == PROBLEM_TYPES[0]:
+            several = [path for path, row in zip(self.paths, self.labels) if len(row) != 1]
+            if several:
+                raise ValueError(
+                    f"Accuracy needs clips with one label each, but not so: {_listed(several)}; "
+                    f"use the problem type {PROBLEM_TYPES[1]}"
+                )
+            targets = targets.argmax(axis=1)
+        return compute_metrics_for(problem_type)(EvalPrediction(predictions=self.values, label_ids=targets))
+
+    def by_fold(self) -> dict[int, "Scores"]:
+        """The clips of each fold, if there are folds."""
+        folds = sorted(set(self.folds or ()))
+        return {fold: self.select([i for i, own in enumerate(self.folds) if own == fold]) for fold in folds}
+
+    def select(self, positions: Sequence[int]) -> "Scores":
+        """The clips at these positions, in this order."""
+        columns = {
+            name: None if getattr(self, name) is None else [getattr(self, name)[i] for i in positions]
+            for name in ("paths", "labels", "folds")
+        }
+        return replace(self, values=self.values[list(positions)], **columns)
+
+    def _known_labels(self) -> list[list[str]]:
+        if self.labels is None:
+            raise ValueError("The clips' labels are not known: give the data set, or a score file with `label`")
+        return self.labels
+
+
+def clip_names(dataset: Dataset) -> list[str]:
+    """The path of each clip, or its number where only its bytes are known; no clip is read for it."""
+    audio = dataset.with_format(None).select_columns("audio")
+    if dataset.features["audio"] != Value("string"):
+        audio = audio.flatten().select_columns("audio.path")
+    return [path or f"clip {i}" for i, path in enumerate(audio[audio.column_names[0]])]
+
+
+def write_scores(scores: Scores, path: str | Path) -> Path:
+    """Write a score file; probabilities have the seven digits of single precision."""
+    clip_columns = {"path": scores.paths, "fold": scores.folds}
+    if scores.labels is not None:
+        clip_columns["label"] = [LABEL_SEPARATOR.join(row) for row in scores.labels]
+    best = scores.values.argmax(axis=1)
+    clip_columns["predicted"] = [scores.names[i] for i in best]
+    clip_columns["probability"] = [f"{row[i]:.7g}" for row, i in zip(scores.values, best)]
+    clip_columns = {name: cells for name, cells in clip_columns.items() if cells is not None}
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*clip_columns, *scores.names])
+        for cells, row in zip(zip(*clip_columns.values()), scores.values):
+            writer.writerow([*cells, *(f"{value:.7g}" for value in row)])
+    return Path(path)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read a score file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it has no column `path` or no class, a clip or class twice, or a score that is no probability.
+    """
+    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    leading = _leading(header)
+    names = header[len(leading) :]
+    if "path" not in leading or not names or not rows:
+        raise ValueError(f"{path} is no score file: it needs a first column `path`, a column per class, and clips")
+    for number, row in enumerate(rows, start=2):  # line 1 is the header
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {number} has {len(row)} cells, not the {len(header)} of the header")
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(leading)}
+    for what, items in (("clips", columns["path"]), ("classes", names)):
+        twice = [item for item, count in Counter(items).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path} has {what} more than once: {_listed(twice)}")
+    try:
+        values = np.array([row[len(leading) :] for row in rows], dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path} has a score that is not a number: {error}") from None
+    bad = np.flatnonzero(~((values >= 0) & (values <= 1)).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{path}, row {bad[0] + 2} has a score outside of [0, 1]: write probabilities, not logits, to be averaged"
+        )
+    labels, folds = columns.get("label"), columns.get("fold")
+    return Scores(
+        paths=columns["path"],
+        names=names,
+        values=values,
+        labels=None if labels is None else [[n for n in cell.split(LABEL_SEPARATOR) if n] for cell in labels],
+        folds=None if folds is None else [int(fold) for fold in folds],
+    )
+
+
+def concatenate_scores(parts: Sequence[Scores]) -> Scores:
+    """The clips of all parts, which have the same classes, one part after the other."""
+    first = parts[0]
+    for part in parts[1:]:
+        _refuse_difference("classes", first.names, part.names, "another part")
+    columns = {
+        name: None if getattr(first, name) is None else [item for part in parts for item in getattr(part, name)]
+        for name in ("paths", "labels", "folds")
+    }
+    values = np.concatenate([part.values[:, [part.names.index(name) for name in first.names]] for part in parts])
+    return replace(first, values=values, **columns)
+
+
+def average_scores(members: dict[str, Scores]) -> Scores:
+    """The mean of the probabilities of several models for the same clips: an ensemble.
+
+    Clips are matched by their file names where these differ from each other, else by their whole paths; classes by
+    name. The order of the first member is kept. Labels and folds come from the first member that has them.
+
+    Args:
+        members: scores by the name of their model.
+
+    Raises:
+        ValueError: clips, classes or true labels differ; the message lists how.
+    """
+    first, *others = align_scores(members).values()
+    everybody = [first, *others]
+    return replace(
+        first,
+        values=np.mean([scores.values for scores in everybody], axis=0),
+        labels=next((scores.labels for scores in everybody if scores.labels is not None), None),
+        folds=next((scores.folds for scores in everybody if scores.folds is not None), None),
+    )
+
+
+def align_scores(members: dict[str, Scores]) -> dict[str, Scores]:
+    """All members with the clips and classes in the order of the first; errors as `average_scores`."""
+    (first_name, first), *others = members.items()
+    whole = any(len({Path(p).name for p in scores.paths}) < len(scores.paths) for scores in members.values())
+    keys = {name: s.paths if whole else [Path(p).name for p in s.paths] for name, s in members.items()}
+    aligned = {first_name: first}
+    for name, scores in others:
+        between = f"{name}, compared with {first_name}"
+        _refuse_difference("classes", first.names, scores.names, between)
+        _refuse_difference("clips", keys[first_name], keys[name], between)
+        position = {key: i for i, key in enumerate(keys[name])}
+        scores = scores.select([position[key] for key in keys[first_name]])
+        column = {class_name: i for i, class_name in enumerate(scores.names)}
+        values = scores.values[:, [column[class_name] for class_name in first.names]]
+        aligned[name] = replace(scores, paths=first.paths, names=first.names, values=values)
+    _refuse_other_labels({name: scores for name, scores in aligned.items() if scores.labels is not None})
+    return aligned
+
+
+def _refuse_difference(what: str, expected: Sequence[str], got: Sequence[str], between: str) -> None:
+    lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    if lacking or extra:
+        parts = [f"{len(lacking)} lacking: {_listed(lacking)}"] if lacking else []
+        parts += [f"{len(extra)} more: {_listed(extra)}"] if extra else []
+        raise ValueError(f"The {what} of {between}, differ: {'; '.join(parts)}. Only scores of the same can be joined")
+
+
+def _refuse_other_labels(labelled: dict[str, Scores]) -> None:
+    if len(labelled) < 2:
+        return
+    (first_name, first), *others = labelled.items()
+    for name, scores in others:
+        differ = [
+            f"{path} ({';'.join(own)} or {';'.join(other)})"
+            for path, own, other in zip(first.paths, first.labels, scores.labels)
+            if set(own) != set(other)
+        ]
+        if differ:
+            raise ValueError(f"{first_name} and {name} give clips other labels: {_listed(differ)}")
+
+
+def _leading(header: list[str]) -> list[str]:
+    """The columns before the classes; by position, since a class may be called "label"."""
+    end = 0
+    while end < len(header) and header[end] in _LEADING and header[end] not in header[:end]:
+        end += 1
+    return header[:end]
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")
