@@ -11,8 +11,11 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, List, Value
 
 from transformers_cat.training import data
 from transformers_cat.training.data import (
+    EMPTY,
+    TRUNCATED,
     align_labels,
     as_multi_label,
+    audio_problem,
     decode_audio,
     decode_clip,
     is_multi_label,
@@ -109,6 +112,17 @@ class TestUrbanSound8K:
         with pytest.raises(FileNotFoundError, match="2 of 2 listed files do not exist"):
             read_urbansound8k(urban_folder, on_missing="skip")
 
+    def test_reshuffled_folds_are_refused(self, urban_folder):
+        table = urban_folder / "metadata" / "UrbanSound8K.csv"
+        for name, fold in (("7-1-0-0.wav", 3), ("7-1-0-1.wav", 3)):
+            write_clip(urban_folder / "audio" / f"fold{fold}" / name)
+        text = table.read_text()
+        table.write_text(text + "7-1-0-0.wav,3,1,car_horn\n7-1-0-1.wav,3,1,car_horn\n")
+        assert len(read_urbansound8k(urban_folder)) == 4
+        table.write_text(text + "7-1-0-0.wav,3,1,car_horn\n7-1-0-1.wav,5,1,car_horn\n")
+        with pytest.raises(ValueError, match=r"several folds \(1 recordings: 7\), so the folds were reshuffled"):
+            read_urbansound8k(urban_folder)
+
     def test_unknown_choice(self, urban_folder):
         with pytest.raises(ValueError, match="on_missing is 'error' or 'skip', not 'ignore'"):
             read_urbansound8k(urban_folder, on_missing="ignore")
@@ -184,13 +198,18 @@ class TestCSV:
             ([("file", "label"), ("a.wav", "x")], r"no column \['audio'\]; its columns are \['file', 'label'\]"),
             ([("audio", "label")], "has a header but no rows"),
             ([("audio", "label"), ("a.wav",)], "row 2 has fewer cells"),
-            ([("audio", "label"), ("a.wav", "x"), ("a.wav", "")], "clip number 2 has no label"),
+            ([("audio", "label"), ("a.wav", "x"), ("b.wav", "")], "clip number 2 has no label"),
+            (
+                [("audio", "label"), ("a.wav", "x"), ("a.wav", "y")],
+                r"lists .*a\.wav twice; give a clip one row, and .* ';'",
+            ),
             ([("audio", "label"), ("a.wav", "")], "has no label at all"),
             ([("audio", "label", "fold"), ("a.wav", "x", "one")], "fold 'one' is not an integer"),
         ],
     )
     def test_broken_tables(self, tmp_path, rows, message):
-        write_clip(tmp_path / "a.wav")
+        for name in "ab":
+            write_clip(tmp_path / f"{name}.wav")
         with pytest.raises(ValueError, match=message):
             read_csv(write_table(tmp_path / "t.csv", rows))
 
@@ -205,6 +224,23 @@ class TestCSV:
         path = tmp_path / "t.csv"
         path.write_text("audio,label\na.wav,gull\n", encoding="utf-8-sig")
         assert label_names(read_csv(path)) == ["gull"]
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            (("d.wav", 1, "dog", "dog"), r"esc50\.csv: target 'dog' is not an integer"),
+            (("d.wav", "", 0, "dog"), "fold '' is not an integer"),
+            (("a.wav", 1, 0, "dog"), r"lists .*a\.wav twice"),
+            (("d.wav", 1, 0, "cat"), "target and category do not belong together one to one"),
+            (("d.wav", 1, 3, "dog"), "target and category do not belong together one to one"),
+        ],
+    )
+    def test_broken_rows(self, esc_folder, row, message):
+        write_clip(esc_folder / "audio" / "d.wav")
+        with (esc_folder / "meta" / "esc50.csv").open("a", newline="") as file:
+            csv.writer(file).writerow(row)
+        with pytest.raises(ValueError, match=message):
+            read_esc50(esc_folder)
 
     def test_missing_table(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"esc50\.csv does not exist"):
@@ -389,29 +425,57 @@ def test_as_multi_label():
 
 class TestValidation:
     def broken(self, folder):
-        """One good clip and three broken ones, truncated or empty."""
+        """One good clip and broken ones: truncated, no audio, or empty."""
         good = write_clip(folder / "good.wav")
         noise = np.random.default_rng(0).normal(0, 0.1, RATE)
-        soundfile.write(folder / "whole.flac", noise, RATE)
-        (folder / "half.flac").write_bytes((folder / "whole.flac").read_bytes()[:2000])
+        names = [good]
+        for suffix in ("flac", "wav", "ogg"):
+            soundfile.write(folder / f"whole.{suffix}", noise, RATE)
+            encoded = (folder / f"whole.{suffix}").read_bytes()
+            names.append(folder / f"half.{suffix}")
+            names[-1].write_bytes(encoded[: len(encoded) // 2])
         (folder / "text.wav").write_text("not audio")
+        (folder / "nothing.wav").write_bytes(b"")
         soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
-        names = [good] + [folder / name for name in ("half.flac", "text.wav", "empty.wav")]
-        return Dataset.from_dict({"audio": [str(name) for name in names], "label": [0, 1, 2, 3]})
+        names += [folder / name for name in ("text.wav", "nothing.wav", "empty.wav")]
+        return Dataset.from_dict({"audio": [str(name) for name in names], "label": list(range(7))})
+
+    @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+    def test_whole_files_are_good(self, tmp_path, suffix):
+        path = tmp_path / f"clip.{suffix}"
+        soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, RATE), RATE)
+        assert audio_problem(str(path)) is None
+        assert audio_problem({"bytes": path.read_bytes(), "path": None}) is None
+
+    def test_a_length_that_a_pipe_could_not_know_is_no_truncation(self, tmp_path):
+        path = write_clip(tmp_path / "piped.wav")
+        encoded = bytearray(path.read_bytes())
+        encoded[40:44] = b"\xff\xff\xff\xff"  # the length of the samples in a canonical header
+        path.write_bytes(encoded)
+        assert audio_problem(str(path)) is None
+
+    @pytest.mark.parametrize(
+        ("name", "problem"), [("half.wav", TRUNCATED), ("half.flac", TRUNCATED), ("empty.wav", EMPTY)]
+    )
+    def test_reasons(self, tmp_path, name, problem):
+        self.broken(tmp_path)
+        assert audio_problem(str(tmp_path / name)) == problem
+        assert audio_problem({"bytes": (tmp_path / name).read_bytes(), "path": name}) == problem
 
     def test_error_names_the_files(self, tmp_path):
-        with pytest.raises(ValueError, match=r"3 of 4 clips .*half\.flac.*text\.wav.*empty\.wav.*on_bad_audio='skip'"):
+        with pytest.raises(ValueError, match=r"6 of 7 clips .*half\.flac.*text\.wav.* 1 more .*on_bad_audio='skip'"):
             validate_audio_files(self.broken(tmp_path))
 
     def test_skip_counts(self, tmp_path, caplog):
         dataset, skipped = validate_audio_files(self.broken(tmp_path), on_bad_audio="skip")
         assert dataset["label"][:] == [0]
-        assert [name.rsplit("/", 1)[1] for name in skipped] == ["half.flac", "text.wav", "empty.wav"]
-        assert "3 of 4 clips cannot be read" in caplog.text
+        names = ["half.flac", "half.wav", "half.ogg", "text.wav", "nothing.wav", "empty.wav"]
+        assert [name.rsplit("/", 1)[1] for name in skipped] == names
+        assert "6 of 7 clips cannot be read" in caplog.text
 
     def test_nothing_left(self, tmp_path):
         with pytest.raises(ValueError, match="No clip is left: 3 of 3"):
-            validate_audio_files(self.broken(tmp_path).select([1, 2, 3]), on_bad_audio="skip")
+            validate_audio_files(self.broken(tmp_path).select([1, 4, 6]), on_bad_audio="skip")
 
     def test_unknown_choice(self, tmp_path):
         with pytest.raises(ValueError, match="on_bad_audio is 'error' or 'skip'"):
