@@ -11,8 +11,10 @@ from transformers import (
 )
 
 from .audio import load_audio
+from .cards import model_card
 from .configuration_cat import CATConfig
 from .feature_extraction_cat import CATFeatureExtractor
+from .hub import include_code, push_to_hub
 from .modeling_cat import CATForAudioClassification, CATModel, CATPreTrainedModel
 from .mrmf import MRMFSpectrogram
 
@@ -30,5 +32,8 @@ __all__ = [
     "CATModel",
     "CATPreTrainedModel",
     "MRMFSpectrogram",
+    "include_code",
     "load_audio",
+    "model_card",
+    "push_to_hub",
 ]
