@@ -3,9 +3,11 @@
 The front end's defaults stand here as constants: the model and the feature extractor must agree on them.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 SAMPLING_RATE = 32_000  # samples per second
@@ -17,6 +19,10 @@ NUM_BINS = 64
 F_MIN = 50.0  # Hz
 F_MAX = 14_000.0  # Hz
 LOG_OFFSET = 1e-5  # power added before the logarithm: silence is log(1e-5)
+
+MAX_SIZE = 10_000  # of any width, depth or number of filters: a slip is refused before it is out of memory
+MAX_WINDOW_SIZE = 64  # attention is among its square, 4096 tokens
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # The arguments of the front end, by the names that CATConfig, CATFeatureExtractor and MRMFSpectrogram share.
 MRMF_ARGUMENTS = (
@@ -32,6 +38,21 @@ MRMF_ARGUMENTS = (
 )
 
 
+def _validate_integers(low: int, high: int, **values: Any) -> None:
+    """Integers, or lists of them, by name: all from `low` to `high`."""
+    for name, value in values.items():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(item, int) or isinstance(item, bool) or not low <= item <= high:
+                raise ValueError(f"`{name}` must be within {low} and {high}, in integers, not {value!r}.")
+
+
+def _validate_numbers(low: float, limit: float, **values: Any) -> None:
+    """Numbers by name: each at least `low` and below `limit`, which NaN is not."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not low <= value < limit:
+            raise ValueError(f"`{name}` must be a number of at least {low} and below {limit}, not {value!r}.")
+
+
 def validate_mrmf(
     sampling_rate: int,
     window_lengths: list[int] | tuple[int, ...],
@@ -43,18 +64,26 @@ def validate_mrmf(
     f_max: float,
     log_offset: float,
 ) -> None:
-    """Raises ValueError, with the values named, where the front end's arguments contradict each other."""
+    """Raises ValueError, with the values named, where the arguments are impossible or contradict each other."""
+    for name, value in (("window_lengths", window_lengths), ("hop_lengths", hop_lengths), ("filters", filters)):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"`{name}` must be a list or tuple, not {value!r}.")
+    for name, value in (("sampling_rate", sampling_rate), ("num_bins", num_bins), ("frame_shift", frame_shift)):
+        if not isinstance(value, int):
+            raise ValueError(f"`{name}` must be an integer, not {value!r}.")
     if len(window_lengths) != len(hop_lengths) or len(window_lengths) == 0:
         raise ValueError(
             f"`window_lengths` {tuple(window_lengths)} and `hop_lengths` {tuple(hop_lengths)} must have the same "
             "length, at least 1: one hop for each window."
         )
-    if min(sampling_rate, frame_shift, num_bins, *window_lengths, *hop_lengths) < 1 or log_offset <= 0:
-        raise ValueError(
-            "`sampling_rate`, `window_lengths`, `hop_lengths`, `frame_shift`, `num_bins` and `log_offset` must be "
-            f"positive, not {sampling_rate}, {tuple(window_lengths)}, {tuple(hop_lengths)}, {frame_shift}, {num_bins} "
-            f"and {log_offset}."
-        )
+    _validate_integers(1, 2**31, sampling_rate=sampling_rate)
+    _validate_integers(1, MAX_SIZE, num_bins=num_bins)
+    # At most a second: a larger one is a slip, and would make a transform of that length.
+    _validate_integers(
+        1, sampling_rate, window_lengths=window_lengths, hop_lengths=hop_lengths, frame_shift=frame_shift
+    )
+    _validate_numbers(0, math.inf, f_min=f_min, f_max=f_max)
+    _validate_numbers(1e-37, 1e37, log_offset=log_offset)  # what float32 can hold
     for window, hop in zip(window_lengths, hop_lengths):
         if hop > window:
             raise ValueError(f"A hop of {hop} samples skips audio between windows of {window}; it must not be longer.")
@@ -62,9 +91,9 @@ def validate_mrmf(
             raise ValueError(
                 f"A hop of {hop} samples cannot be aligned to frames of {frame_shift}: one must divide the other."
             )
-    if not filters or not set(filters) <= {"mel", "linear"}:
+    if not filters or not all(name in ("mel", "linear") for name in filters):
         raise ValueError(f"`filters` must be a non-empty choice of 'mel' and 'linear', not {tuple(filters)}.")
-    if not 0 <= f_min < f_max <= sampling_rate / 2:
+    if not f_min < f_max <= sampling_rate / 2:
         raise ValueError(
             f"`f_min` {f_min} Hz and `f_max` {f_max} Hz must satisfy 0 <= f_min < f_max <= {sampling_rate / 2} Hz, "
             f"the Nyquist frequency of {sampling_rate} Hz."
@@ -205,10 +234,20 @@ class CATConfig(PreTrainedConfig):
         """The number of stages; a model returns one hidden state more."""
         return len(self.depths)
 
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        raise NotImplementedError(f"`num_hidden_layers` cannot be set, here to {value}: it is the length of `depths`.")
+
     @property
     def hidden_size(self) -> int:
         """d, the width of the last stage and of the latent Z."""
         return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    @hidden_size.setter
+    def hidden_size(self, value: int) -> None:
+        raise NotImplementedError(
+            f"`hidden_size` cannot be set, here to {value}: it is `embed_dim` * 2 ** (number of stages - 1)."
+        )
 
     def stage_width(self, stage: int) -> int:
         """Channels of a stage."""
@@ -228,48 +267,77 @@ class CATConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict` validation: values that each have the right type but do not fit together."""
         validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
+        self._validate_sizes()
         self._validate_patches()
         self._validate_stages()
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, not {self.hidden_act!r}.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES} or None, not {self.problem_type!r}.")
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, not {self.num_labels}.")
-        if min(self.causal_loss_weight, self.reconstruction_loss_weight) < 0:
-            raise ValueError(
-                "`causal_loss_weight` and `reconstruction_loss_weight` must not be negative, not "
-                f"{self.causal_loss_weight} and {self.reconstruction_loss_weight}."
-            )
-        if self.num_donors is not None and self.num_donors < 1:
-            raise ValueError(f"`num_donors` must be at least 1, or None for all, not {self.num_donors}.")
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(f"`id2label` must name the classes 0 to {self.num_labels - 1}, not {list(self.id2label)}.")
+
+    def _validate_sizes(self) -> None:
+        _validate_integers(1, MAX_SIZE, embed_dim=self.embed_dim, depths=self.depths, num_heads=self.num_heads)
+        _validate_integers(
+            0,
+            MAX_SIZE,
+            exchange_dim=self.exchange_dim,
+            stem_depth=self.stem_depth,
+            depthwise_kernel_size=self.depthwise_kernel_size,
+        )
+        if self.window_size is not None:
+            _validate_integers(1, MAX_WINDOW_SIZE, window_size=self.window_size)
+        if self.num_donors is not None:
+            _validate_integers(1, 2**31, num_donors=self.num_donors)
+        _validate_numbers(1 / self.embed_dim, 100, mlp_ratio=self.mlp_ratio)
+        _validate_numbers(
+            0,
+            1,
+            hidden_dropout_prob=self.hidden_dropout_prob,
+            attention_probs_dropout_prob=self.attention_probs_dropout_prob,
+            drop_path_rate=self.drop_path_rate,
+            initializer_range=self.initializer_range,
+        )
+        _validate_numbers(1e-37, 1, layer_norm_eps=self.layer_norm_eps)
+        _validate_numbers(
+            0,
+            1e6,
+            causal_loss_weight=self.causal_loss_weight,
+            reconstruction_loss_weight=self.reconstruction_loss_weight,
+        )
 
     def _validate_patches(self) -> None:
-        if len(self.patch_size) != 2 or min(self.patch_size) < 1:
-            raise ValueError(f"`patch_size` must be two positive numbers, frames and bins, not {self.patch_size}.")
+        if len(self.patch_size) != 2:
+            raise ValueError(f"`patch_size` must be two numbers, frames and bins, not {self.patch_size}.")
+        _validate_integers(1, MAX_SIZE, patch_size=self.patch_size)
         if self.num_bins % self.patch_size[1]:
             raise ValueError(
                 f"`num_bins` {self.num_bins} must be a multiple of the patch's {self.patch_size[1]} bins "
                 f"(`patch_size` {self.patch_size})."
             )
-        if min(self.embed_dim, self.exchange_dim + 1, self.stem_depth + 1) < 1:
-            raise ValueError(
-                "`embed_dim` must be positive and `exchange_dim` and `stem_depth` must not be negative, not "
-                f"{self.embed_dim}, {self.exchange_dim} and {self.stem_depth}."
-            )
         if self.use_position_embedding and self.embed_dim % 2:
             raise ValueError(f"`embed_dim` {self.embed_dim} must be even: eq. 3 pairs a sine with each cosine.")
 
     def _validate_stages(self) -> None:
-        if len(self.depths) != len(self.num_heads) or len(self.depths) == 0 or min(self.depths) < 1:
+        if len(self.depths) != len(self.num_heads) or len(self.depths) == 0:
             raise ValueError(
-                f"`depths` {self.depths} and `num_heads` {self.num_heads} must have one positive entry for each stage."
+                f"`depths` {self.depths} and `num_heads` {self.num_heads} must have one entry for each stage."
+            )
+        if self.hidden_size > MAX_SIZE:
+            raise ValueError(
+                f"`embed_dim` {self.embed_dim} and {len(self.depths)} stages, each twice as wide as the one before, "
+                f"make a width of {self.hidden_size}, above {MAX_SIZE}."
             )
         if self.window_size is None and len(self.depths) != 1:
             raise ValueError(
                 f"`window_size=None` is global attention in one stage, but `depths` {self.depths} has "
                 f"{len(self.depths)}; give one depth and one number of heads."
             )
-        if self.window_size is not None and self.window_size < 1:
-            raise ValueError(f"`window_size` must be positive or None, not {self.window_size}.")
         for stage, heads in enumerate(self.num_heads):
-            if heads < 1 or heads % self.num_filters:
+            if heads % self.num_filters:
                 raise ValueError(
                     f"The {heads} heads of stage {stage} (`num_heads` {self.num_heads}) cannot be divided evenly "
                     f"between {self.num_filters} filters {self.filters}."
@@ -286,7 +354,7 @@ class CATConfig(PreTrainedConfig):
                     f"tokens along frequency of stage {stage}; choose a power of two for `window_size`, and "
                     "`num_bins` so that bins per patch and stage divide."
                 )
-        if self.depthwise_kernel_size < 0 or (self.depthwise_kernel_size and self.depthwise_kernel_size % 2 == 0):
+        if self.depthwise_kernel_size and self.depthwise_kernel_size % 2 == 0:
             raise ValueError(f"`depthwise_kernel_size` must be odd, or 0 for none, not {self.depthwise_kernel_size}.")
 
 
