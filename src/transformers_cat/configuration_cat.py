@@ -4,6 +4,7 @@ The front end's defaults stand here as constants: the model and the feature extr
 """
 
 import math
+from numbers import Integral
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -38,15 +39,15 @@ MRMF_ARGUMENTS = (
 )
 
 
-def _validate_integers(low: int, high: int, **values: Any) -> None:
+def validate_integers(low: int, high: int, **values: Any) -> None:
     """Integers, or lists of them, by name: all from `low` to `high`."""
     for name, value in values.items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            if not isinstance(item, int) or isinstance(item, bool) or not low <= item <= high:
+            if not isinstance(item, Integral) or isinstance(item, bool) or not low <= item <= high:
                 raise ValueError(f"`{name}` must be within {low} and {high}, in integers, not {value!r}.")
 
 
-def _validate_numbers(low: float, limit: float, **values: Any) -> None:
+def validate_numbers(low: float, limit: float, **values: Any) -> None:
     """Numbers by name: each at least `low` and below `limit`, which NaN is not."""
     for name, value in values.items():
         if not isinstance(value, (int, float)) or not low <= value < limit:
@@ -76,14 +77,12 @@ def validate_mrmf(
             f"`window_lengths` {tuple(window_lengths)} and `hop_lengths` {tuple(hop_lengths)} must have the same "
             "length, at least 1: one hop for each window."
         )
-    _validate_integers(1, 2**31, sampling_rate=sampling_rate)
-    _validate_integers(1, MAX_SIZE, num_bins=num_bins)
+    validate_integers(1, 2**31, sampling_rate=sampling_rate)
+    validate_integers(1, MAX_SIZE, num_bins=num_bins)
     # At most a second: a larger one is a slip, and would make a transform of that length.
-    _validate_integers(
-        1, sampling_rate, window_lengths=window_lengths, hop_lengths=hop_lengths, frame_shift=frame_shift
-    )
-    _validate_numbers(0, math.inf, f_min=f_min, f_max=f_max)
-    _validate_numbers(1e-37, 1e37, log_offset=log_offset)  # what float32 can hold
+    validate_integers(1, sampling_rate, window_lengths=window_lengths, hop_lengths=hop_lengths, frame_shift=frame_shift)
+    validate_numbers(0, math.inf, f_min=f_min, f_max=f_max)
+    validate_numbers(1e-37, 1e37, log_offset=log_offset)  # what float32 can hold
     for window, hop in zip(window_lengths, hop_lengths):
         if hop > window:
             raise ValueError(f"A hop of {hop} samples skips audio between windows of {window}; it must not be longer.")
@@ -280,8 +279,8 @@ class CATConfig(PreTrainedConfig):
             raise ValueError(f"`id2label` must name the classes 0 to {self.num_labels - 1}, not {list(self.id2label)}.")
 
     def _validate_sizes(self) -> None:
-        _validate_integers(1, MAX_SIZE, embed_dim=self.embed_dim, depths=self.depths, num_heads=self.num_heads)
-        _validate_integers(
+        validate_integers(1, MAX_SIZE, embed_dim=self.embed_dim, depths=self.depths, num_heads=self.num_heads)
+        validate_integers(
             0,
             MAX_SIZE,
             exchange_dim=self.exchange_dim,
@@ -289,11 +288,11 @@ class CATConfig(PreTrainedConfig):
             depthwise_kernel_size=self.depthwise_kernel_size,
         )
         if self.window_size is not None:
-            _validate_integers(1, MAX_WINDOW_SIZE, window_size=self.window_size)
+            validate_integers(1, MAX_WINDOW_SIZE, window_size=self.window_size)
         if self.num_donors is not None:
-            _validate_integers(1, 2**31, num_donors=self.num_donors)
-        _validate_numbers(1 / self.embed_dim, 100, mlp_ratio=self.mlp_ratio)
-        _validate_numbers(
+            validate_integers(1, 2**31, num_donors=self.num_donors)
+        validate_numbers(1 / self.embed_dim, 100, mlp_ratio=self.mlp_ratio)
+        validate_numbers(
             0,
             1,
             hidden_dropout_prob=self.hidden_dropout_prob,
@@ -301,8 +300,8 @@ class CATConfig(PreTrainedConfig):
             drop_path_rate=self.drop_path_rate,
             initializer_range=self.initializer_range,
         )
-        _validate_numbers(1e-37, 1, layer_norm_eps=self.layer_norm_eps)
-        _validate_numbers(
+        validate_numbers(1e-37, 1, layer_norm_eps=self.layer_norm_eps)
+        validate_numbers(
             0,
             1e6,
             causal_loss_weight=self.causal_loss_weight,
@@ -312,7 +311,7 @@ class CATConfig(PreTrainedConfig):
     def _validate_patches(self) -> None:
         if len(self.patch_size) != 2:
             raise ValueError(f"`patch_size` must be two numbers, frames and bins, not {self.patch_size}.")
-        _validate_integers(1, MAX_SIZE, patch_size=self.patch_size)
+        validate_integers(1, MAX_SIZE, patch_size=self.patch_size)
         if self.num_bins % self.patch_size[1]:
             raise ValueError(
                 f"`num_bins` {self.num_bins} must be a multiple of the patch's {self.patch_size[1]} bins "

@@ -13,10 +13,11 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
-    MRMF_ARGUMENTS,
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
+    validate_integers,
+    validate_numbers,
 )
 from .mrmf import MRMFSpectrogram
 
@@ -69,6 +70,11 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool = True,
         **kwargs,
     ):
+        # Before anything is derived from the arguments, since it validates them.
+        mrmf = MRMFSpectrogram(
+            sampling_rate, window_lengths, hop_lengths, frame_shift, filters, num_bins, f_min, f_max, log_offset
+        )
+        validate_numbers(-1e37, 1e37, padding_value=padding_value)
         kwargs["feature_size"] = len(filters) * len(window_lengths) * num_bins if do_mrmf else 1
         super().__init__(sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.window_lengths = list(window_lengths)
@@ -81,7 +87,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         self.log_offset = log_offset
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
-        self._mrmf = MRMFSpectrogram(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
+        self._mrmf = mrmf
 
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""
@@ -120,9 +126,11 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ValueError: Wrong sampling rate, more than one channel, an empty clip, values that are not finite or not
-                scaled, or a type that is no audio.
+                scaled, a type that is no audio, or a length that is not positive.
         """
         self._check_sampling_rate(sampling_rate)
+        lengths = {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
+        validate_integers(1, 2**31, **{name: value for name, value in lengths.items() if value is not None})
         clips = self._as_clips(raw_speech)
         # `pad` takes vectors where feature_size > 1: a sample is then a vector of one.
         batch = self.pad(
@@ -166,7 +174,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             )
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"The audio has a sampling rate of {sampling_rate} Hz, but this feature extractor works at "
+                f"The audio has a sampling rate of {sampling_rate!r} Hz, but this feature extractor works at "
                 f"{self.sampling_rate} Hz. Resample it, for instance with "
                 f"`transformers_cat.load_audio(path, sampling_rate={self.sampling_rate})` or "
                 "`torchaudio.functional.resample`."
@@ -175,7 +183,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     def _as_clips(self, raw_speech) -> list[np.ndarray]:
         """Whatever the peers take for audio -> list of 1-D float32 arrays in [-1, 1]."""
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
-            if raw_speech.ndim == 2 and raw_speech.shape[1] <= MAX_CHANNELS < raw_speech.shape[0]:
+            if raw_speech.ndim == 2 and 0 < raw_speech.shape[1] <= MAX_CHANNELS < raw_speech.shape[0]:
                 raise ValueError(
                     f"An array of shape {tuple(raw_speech.shape)} looks like one clip with {raw_speech.shape[1]} "
                     "channels. Average them, `audio.mean(axis=1)`; a batch has shape (clips, samples)."
@@ -208,7 +216,9 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             clip = np.asarray(item)
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"Clip {index} is not a waveform: {error}") from error
-        if clip.ndim != 1:
+        if clip.ndim == 0:
+            raise ValueError(f"Clip {index} is a single {type(item).__name__}, not a waveform (samples,).")
+        if clip.ndim > 1:
             raise ValueError(
                 f"Clip {index} has shape {clip.shape}, but must be mono, (samples,). Average its channels first."
             )
