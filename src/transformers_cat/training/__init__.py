@@ -5,7 +5,8 @@ scikit-learn and matplotlib.
 """
 
 from .audioset import read_audioset
-from .collate import AudioCollator
+from .averaging import WeightAveraging, mean_weights
+from .collate import AudioCollator, SpecAugment
 from .data import (
     align_labels,
     as_multi_label,
@@ -22,7 +23,8 @@ from .data import (
 )
 from .metrics import Accuracy, DPrime, MeanAUC, MeanAveragePrecision, compute_metrics_for, main_metric
 from .report import environment, plot_confusion_matrix, plot_learning_curves, write_predictions
-from .scores import Scores, average_scores, read_scores, write_scores
+from .sampler import EpochSampler, balanced_weights
+from .scores import Scores, align_scores, average_scores, read_scores, write_scores
 from .trainer import AudioTrainer
 
 __all__ = [
@@ -30,12 +32,17 @@ __all__ = [
     "AudioCollator",
     "AudioTrainer",
     "DPrime",
+    "EpochSampler",
     "MeanAUC",
     "MeanAveragePrecision",
     "Scores",
+    "SpecAugment",
+    "WeightAveraging",
     "align_labels",
+    "align_scores",
     "as_multi_label",
     "average_scores",
+    "balanced_weights",
     "compute_metrics_for",
     "decode_audio",
     "environment",
@@ -43,6 +50,7 @@ __all__ = [
     "label_names",
     "load_audio_dataset",
     "main_metric",
+    "mean_weights",
     "plot_confusion_matrix",
     "plot_learning_curves",
     "read_audiofolder",

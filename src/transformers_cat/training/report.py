@@ -106,6 +106,39 @@ def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str |
     return Path(path)
 
 
+def plot_bars(values: dict[str, dict[str, tuple[float, float | None]]], path: str | Path, label: str) -> Path:
+    """Plot groups of bars with their values above and deviations as whiskers, and save the figure.
+
+    The axis starts where differences can be seen, not at zero; so the bars' lengths do not compare, their ends do.
+
+    Args:
+        values: group -> bar -> mean and deviation (None: no whisker), both shares of 1.
+        path: file to write; its suffix gives the format.
+        label: of the axis.
+
+    Returns:
+        The path.
+    """
+    groups, names = list(values), list(next(iter(values.values())))
+    means = 100 * np.array([[values[group][name][0] for name in names] for group in groups])
+    deviations = 100 * np.array([[values[group][name][1] or 0 for name in names] for group in groups])
+    figure = _figure(2 + 0.9 * means.size + 0.5 * len(groups), 4)
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        centres = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
+        bars = axes.bar(centres, means[:, i], 0.9 * width, yerr=deviations[:, i], capsize=3, label=name)
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+    low, high = (means - deviations).min(), (means + deviations).max()
+    margin = max(0.3 * (high - low), 1)
+    axes.set_ylim(max(low - margin, 0), high + margin)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(label)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
 def write_predictions(scores: Scores, problem_type: str, folder: str | Path) -> None:
     """Write what the scores of labelled clips say: `predictions.csv` (a score file), `per_class.csv` and, where clips
     have one label each, `confusion_matrix.csv` (rows: true classes) and `confusion_matrix.png`.

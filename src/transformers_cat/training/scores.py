@@ -179,15 +179,25 @@ def concatenate_scores(parts: Sequence[Scores]) -> Scores:
         name: None if getattr(first, name) is None else [item for part in parts for item in getattr(part, name)]
         for name in ("paths", "labels", "folds")
     }
-    values = np.concatenate([part.values[:, [part.names.index(name) for name in first.names]] for part in parts])
+    values = np.concatenate([_columns(part, first.names) for part in parts])
     return replace(first, values=values, **columns)
 
 
 def average_scores(members: dict[str, Scores]) -> Scores:
     """The mean of the probabilities of several models for the same clips: an ensemble.
 
+    Args:
+        members: scores by the name of their model, aligned by `align_scores`.
+    """
+    aligned = list(members.values())
+    return replace(aligned[0], values=np.mean([scores.values for scores in aligned], axis=0))
+
+
+def align_scores(members: dict[str, Scores]) -> dict[str, Scores]:
+    """Scores of several models for the same clips, brought to the order of the first.
+
     Clips are matched by their file names where these differ from each other, else by their whole paths; classes by
-    name. The order of the first member is kept. Labels and folds come from the first member that has them.
+    name. Labels and folds come from the first member that has them.
 
     Args:
         members: scores by the name of their model.
@@ -195,18 +205,6 @@ def average_scores(members: dict[str, Scores]) -> Scores:
     Raises:
         ValueError: clips, classes or true labels differ; the message lists how.
     """
-    first, *others = align_scores(members).values()
-    everybody = [first, *others]
-    return replace(
-        first,
-        values=np.mean([scores.values for scores in everybody], axis=0),
-        labels=next((scores.labels for scores in everybody if scores.labels is not None), None),
-        folds=next((scores.folds for scores in everybody if scores.folds is not None), None),
-    )
-
-
-def align_scores(members: dict[str, Scores]) -> dict[str, Scores]:
-    """All members with the clips and classes in the order of the first; errors as `average_scores`."""
     (first_name, first), *others = members.items()
     whole = any(len({Path(p).name for p in scores.paths}) < len(scores.paths) for scores in members.values())
     keys = {name: s.paths if whole else [Path(p).name for p in s.paths] for name, s in members.items()}
@@ -217,11 +215,19 @@ def align_scores(members: dict[str, Scores]) -> dict[str, Scores]:
         _refuse_difference("clips", keys[first_name], keys[name], between)
         position = {key: i for i, key in enumerate(keys[name])}
         scores = scores.select([position[key] for key in keys[first_name]])
-        column = {class_name: i for i, class_name in enumerate(scores.names)}
-        values = scores.values[:, [column[class_name] for class_name in first.names]]
-        aligned[name] = replace(scores, paths=first.paths, names=first.names, values=values)
+        aligned[name] = replace(scores, names=first.names, values=_columns(scores, first.names))
     _refuse_other_labels({name: scores for name, scores in aligned.items() if scores.labels is not None})
-    return aligned
+    common = {
+        column: next((c for s in aligned.values() if (c := getattr(s, column)) is not None), None)
+        for column in ("paths", "labels", "folds")
+    }
+    return {name: replace(scores, **common) for name, scores in aligned.items()}
+
+
+def _columns(scores: Scores, names: Sequence[str]) -> np.ndarray:
+    """The values with the classes in another order."""
+    position = {name: i for i, name in enumerate(scores.names)}
+    return scores.values[:, [position[name] for name in names]]
 
 
 def _refuse_difference(what: str, expected: Sequence[str], got: Sequence[str], between: str) -> None:

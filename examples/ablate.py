@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+r"""The ablations of the paper's Table II, each row a cross-validation of one configuration.
+
+    python examples/ablate.py --table a --data /data/ESC-50 --config_name model_cards/cat-tiny --seeds 0 1 2 \
+        --output_dir runs/table_a
+
+--table a   without and with the causal loss (l_c and l_rs)
+        b   without and with starting weights; needs --init_from, a Swin or CLAP (HTS-AT) checkpoint
+        c   two backbones (CAT, and global attention without hierarchy as in AST) plain, with MRMF, with MRMF and CL
+        d   transfer from --source to --data and the reverse, without and with the causal loss
+
+`--config_overrides` holds for every row, and the row's own overrides come on top. All other flags are those of
+`cross_validate.py`, which resumes what was interrupted. The output folder gets a folder for each cell, and the result
+as `table.md`, `table.csv` and `table.png`: mean accuracy (AudioSet: mAP) with the standard deviation between seeds or,
+with one seed, between folds.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import cross_validate
+import transfer
+from accelerate import PartialState
+from transformers import AutoConfig
+
+import transformers_cat  # noqa: F401  registers the configuration with transformers
+from transformers_cat.training.protocol import markdown_table, per_cent
+from transformers_cat.training.report import plot_bars, write_rows
+
+WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
+ONE_SPECTROGRAM = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320]}  # 25 ms and 10 ms at 32 kHz
+CAUSAL_COLUMNS = {"w/o CL": WITHOUT_CAUSAL, "w. CL": {}}
+
+
+def global_attention(config) -> dict:
+    """One stage of global attention as in AST: as deep as all stages, as wide as the third, where most blocks are."""
+    width = 4 * config.embed_dim
+    heads = 2 * max(width // 64, 1)  # of 32 channels, as Swin's; a number that two filters can share
+    return {
+        "window_size": None,
+        "depths": [sum(config.depths)],
+        "num_heads": [heads],
+        "embed_dim": width,
+        "patch_size": [16, 16],
+    }
+
+
+def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]]]]:
+    """row -> column -> the overrides and further flags of its runs."""
+    if args.table == "a":
+        return {name: {"CAT": (overrides, [])} for name, overrides in CAUSAL_COLUMNS.items()}
+    if args.table == "b":
+        return {"from scratch": {"CAT": ({}, [])}, "pre-trained": {"CAT": ({}, ["--init_from", args.init_from])}}
+    base = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
+    backbones = {"AST": global_attention(base), "CAT": {}}
+    rows = {"plain": {**ONE_SPECTROGRAM, **WITHOUT_CAUSAL}, "+ MRMF": WITHOUT_CAUSAL, "+ MRMF + CL": {}}
+    return {
+        name: {backbone: ({**shape, **overrides}, []) for backbone, shape in backbones.items()}
+        for name, overrides in rows.items()
+    }
+
+
+def measure_models(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[str, dict]]:
+    """row -> column -> summary of a cross-validation (tables a to c)."""
+    results = {}
+    for row, columns in cells(args).items():
+        for column, (overrides, more) in columns.items():
+            folder = args.output_dir / re.sub(r"\W+", "_", f"{column} {row}")
+            overrides = {**json.loads(args.config_overrides), **overrides}
+            own = ["--config_name", args.config_name, "--config_overrides", json.dumps(overrides), "--data", args.data]
+            results.setdefault(row, {})[column] = cross_validate.main(
+                [*flags, *own, *more, "--output_dir", str(folder)]
+            )
+    return results
+
+
+def measure_transfer(args: argparse.Namespace, flags: list[str]) -> dict[str, dict[str, dict]]:
+    """row -> column -> summary of a transfer (table d)."""
+    results = {}
+    names = {path: Path(path).stem for path in (args.source, args.data)}
+    if len(set(names.values())) == 1:
+        names = {path: path for path in names}
+    for source, target in ((args.source, args.data), (args.data, args.source)):
+        for column, overrides in CAUSAL_COLUMNS.items():
+            folder = args.output_dir / re.sub(r"\W+", "_", f"{names[source]} to {names[target]} {column}")
+            overrides = json.dumps({**json.loads(args.config_overrides), **overrides})
+            own = ["--source", source, "--data", target, "--config_name", args.config_name]
+            own += ["--config_overrides", overrides, "--output_dir", str(folder)]
+            summary = transfer.main([*flags, *own])
+            for how in ("linear probe", "fine-tuned"):
+                row = f"{names[source]} to {names[target]}, {how}"
+                results.setdefault(row, {})[column] = {"metric": "accuracy", "note": summary["note"], **summary[how]}
+    return results
+
+
+def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
+    """Markdown, CSV and a picture of the results."""
+    summaries = [summary for own in results.values() for summary in own.values()]
+    label = f"{summaries[0]['metric']}, %"
+    notes = " ".join(dict.fromkeys(summary["note"] for summary in summaries))
+    note = f"{label}; mean ± standard deviation between {summaries[0]['deviation_of']}. {notes}"
+    columns = list(next(iter(results.values())))
+    shown = [[row, *(per_cent(own[c]["mean"], own[c]["deviation"]) for c in columns)] for row, own in results.items()]
+    text = f"{markdown_table(['', *columns], shown)}\n{note}\n"
+    (output_dir / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    rows = [
+        [row, column, summary["mean"], summary["deviation"], summary["deviation_of"]]
+        for row, own in results.items()
+        for column, summary in own.items()
+    ]
+    write_rows(output_dir / "table.csv", ["row", "column", "mean", "deviation", "deviation_of"], rows)
+    bars = {row: {c: (own[c]["mean"], own[c]["deviation"]) for c in columns} for row, own in results.items()}
+    plot_bars(bars, output_dir / "table.png", label)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
+    """Run the script.
+
+    Returns:
+        row -> column -> summary.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--table", required=True, choices="abcd", help="which part of Table II")
+    parser.add_argument("--data", required=True, help="folder or CSV file")
+    parser.add_argument("--source", help="table d: the other data set")
+    parser.add_argument("--config_name", required=True, help="folder or id with a config.json")
+    parser.add_argument("--config_overrides", default="{}", help="JSON that replaces values of it in every row")
+    parser.add_argument("--init_from", help="table b: the starting weights")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args, flags = parser.parse_known_args(argv)
+    for table, needed in (("b", "init_from"), ("d", "source")):
+        if (args.table == table) != bool(getattr(args, needed)):
+            parser.error(f"--{needed} is for --table {table}, which needs it")
+
+    results = (measure_transfer if args.table == "d" else measure_models)(args, flags)
+    if PartialState().is_main_process:
+        write_table(results, args.output_dir)
+    return results
+
+
+if __name__ == "__main__":
+    main()

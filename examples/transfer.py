@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+r"""Train on one data set, then transfer to another that comes in folds (Table IId).
+
+    python examples/transfer.py --source /data/UrbanSound8K --data /data/ESC-50 --config_name model_cards/cat-tiny \
+        --output_dir runs/us8k_to_esc50
+
+For each seed, a model of all clips of the source is trained into `seed<s>/source`. On the folds of the target, it is
+then a linear probe (`probe.json`: logistic regression on Z, nothing else is trained) and the start of a fine-tuning
+(`seed<s>/fine_tuned`). What is finished is not run again. All other flags are those of `run_audio_classification.py`
+and hold for both trainings, but for `--config_name`, `--config_overrides` and `--init_from`, which make the source's
+model.
+
+`summary.json` and `summary.md` hold both results, means over folds and seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import cross_validate
+import run_audio_classification as run
+from accelerate import PartialState
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+from transformers_cat.training import load_audio_dataset
+from transformers_cat.training.probe import embed, linear_probe
+from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
+from transformers_cat.training.report import write_json
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Own arguments, and the flags of both trainings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--source", required=True, help="folder or CSV file to train on, all of it")
+    parser.add_argument("--data", required=True, help="folder or CSV file with folds to transfer to")
+    parser.add_argument("--config_name", required=True, help="the model, trained from scratch on the source")
+    parser.add_argument("--config_overrides", help="JSON that replaces values of its configuration")
+    parser.add_argument("--init_from", help="a Swin or CLAP (HTS-AT) checkpoint whose trunk is its start")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    return parser.parse_known_args(argv)
+
+
+def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> None:
+    """Train on every clip of the source."""
+    own = ["--data", args.source, "--config_name", args.config_name, "--output_dir", str(folder), "--seed", str(seed)]
+    for name in ("config_overrides", "init_from"):
+        if getattr(args, name):
+            own += [f"--{name}", getattr(args, name)]
+    run.main([*flags, *own, "--do_train", "--eval_strategy", "no"])
+
+
+def probe(source: Path, data: str, path: Path) -> dict[int, float]:
+    """The linear probe's accuracy on each fold of the target."""
+    if not path.exists():
+        dataset = load_audio_dataset(data)
+        model = AutoModelForAudioClassification.from_pretrained(source)
+        latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset)
+        write_json(path, linear_probe(latents, dataset["label"][:], dataset["fold"][:]))
+    return {int(fold): accuracy for fold, accuracy in json.loads(path.read_text()).items()}
+
+
+def write_summary(summary: dict, title: str, output_dir: Path) -> None:
+    """Write both results as JSON and as a table."""
+    write_json(output_dir / "summary.json", summary)
+    rows = [
+        [name, per_cent(summary[name]["mean"], summary[name]["deviation"]), summary[name]["deviation_of"]]
+        for name in ("linear probe", "fine-tuned")
+    ]
+    table = markdown_table(["transfer", "accuracy, %", "± between"], rows)
+    (output_dir / "summary.md").write_text(f"{title}. {summary['note']}\n\n{table}", encoding="utf-8")
+    print(table)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the script.
+
+    Returns:
+        The content of `summary.json`.
+    """
+    args, flags = parse_arguments(argv)
+    folds, _, num_classes = cross_validate.given_folds(["--data", args.data, *flags], args.output_dir)
+    if not folds:
+        raise ValueError(f"--data {args.data} has no folds: the transfer is measured by cross-validation")
+    state = PartialState()
+    if state.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        own = {key: value for key, value in vars(args).items() if key not in ("seeds", "output_dir")}
+        cross_validate.remember({**own, "flags": flags}, args.output_dir / "flags.json")
+    probed, fine_tuned = {}, {}
+    for seed in args.seeds:
+        folder = args.output_dir / f"seed{seed}"
+        source = folder / "source"
+        if not (source / "results.json").exists():
+            train_source(args, flags, seed, source)
+        with state.main_process_first():
+            probed[seed] = probe(source, args.data, folder / "probe.json")
+        own = ["--data", args.data, "--model_name_or_path", str(source), "--ignore_mismatched_sizes"]
+        own += ["--seeds", str(seed), "--output_dir", str(folder / "fine_tuned")]
+        fine_tuned[seed] = cross_validate.main([*flags, *own])["seeds"][seed]["folds"]
+
+    note = comparability(args.data, folds, folds, num_classes)
+    summary = {"note": note, "linear probe": summarise(probed), "fine-tuned": summarise(fine_tuned)}
+    if state.is_main_process:
+        write_summary(summary, f"{args.source} to {args.data}", args.output_dir)
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Evaluation protocols: given folds, means over folds and seeds, tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from .scores import clip_names
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What published figures on a data set are about."""
+
+    name: str
+    table: str  # by which its folder is recognised
+    folds: int
+    classes: int
+
+
+BENCHMARKS = (
+    Benchmark("ESC-50", "meta/esc50.csv", folds=5, classes=50),
+    Benchmark("UrbanSound8K", "metadata/UrbanSound8K.csv", folds=10, classes=10),
+)
+
+
+def comparability(data: str | Path | None, tested: Sequence[int], given: Sequence[int], num_classes: int) -> str:
+    """A sentence that says whether a result on these folds can be compared with published ones.
+
+    Args:
+        data: the data set's folder, if it is one.
+        tested: folds that were tested on.
+        given: folds of the data.
+        num_classes: classes of the data.
+    """
+    benchmark = next((known for known in BENCHMARKS if data and (Path(data) / known.table).is_file()), None)
+    if benchmark is None:
+        return f"{len(tested)} of {len(given)} given folds."
+    here, whole = (len(tested), num_classes), (benchmark.folds, benchmark.classes)
+    of = f"{here[0]} of {whole[0]} folds and {here[1]} of {whole[1]} classes of {benchmark.name}"
+    return f"{of}: {'the whole benchmark' if here == whole else 'not comparable with published figures on all of it'}."
+
+
+def refuse_reshuffled_folds(dataset: Dataset) -> None:
+    """Refuse clips of UrbanSound8K in other folds than those that they come in.
+
+    Slices of one recording lie in one fold; in a random split they are in training and test, and accuracy is too high
+    by some 15 points. The given fold is known from the clip's folder, `foldN`.
+
+    Raises:
+        ValueError: a clip in the folder `foldN` has another fold.
+    """
+    for path, fold in zip(clip_names(dataset), dataset.with_format(None)["fold"][:]):
+        folder = Path(path).parent.name
+        if folder.removeprefix("fold").isdecimal() and folder.startswith("fold") and folder != f"fold{fold}":
+            raise ValueError(
+                f"{path} was given in {folder} and is now in fold {fold}: folds of UrbanSound8K must not be "
+                "reshuffled, since parts of one recording would be in training and test. Use the given folds"
+            )
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); None for the deviation of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def summarise(values: dict[int, dict[int | None, float]]) -> dict:
+    """Mean and standard deviation of a metric over folds and seeds.
+
+    Args:
+        values: seed -> fold -> metric; the fold is None where the data come with a test split instead.
+
+    Returns:
+        `seeds`: for each seed its `folds`, and `mean` and `deviation` over them. `mean`: of the seeds' means.
+        `deviation`: between the seeds' means or, with one seed, between its folds; `deviation_of` says which.
+    """
+    seeds = {}
+    for seed, folds in sorted(values.items()):
+        mean, deviation = mean_and_deviation(list(folds.values()))
+        seeds[seed] = {"folds": dict(folds), "mean": mean, "deviation": deviation}
+    mean, deviation = mean_and_deviation([seed["mean"] for seed in seeds.values()])
+    if len(seeds) > 1:
+        return {"seeds": seeds, "mean": mean, "deviation": deviation, "deviation_of": "seeds"}
+    (only,) = seeds.values()
+    return {"seeds": seeds, "mean": mean, "deviation": only["deviation"], "deviation_of": "folds"}
+
+
+def per_cent(mean: float, deviation: float | None) -> str:
+    """As tables show it: 96.4 ± 0.3, or 96.4."""
+    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table in Markdown, with a line break at its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
