@@ -11,16 +11,25 @@ argument that ends in .json is a file with all of them. The flags are those of T
 of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`.
 
 The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
-`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it.
+`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; with
+`--average_last_epochs N` the model is the mean of the last N.
+
+AudioSet (a folder with its tables and clips, or better, what `prepare_audio.py` makes of it), on 4 GPUs:
+
+    torchrun --nproc_per_node 4 examples/run_audio_classification.py --data /data/audioset --on_bad_audio skip \
+        --config_name model_cards/cat-tiny --output_dir runs/audioset --do_train --do_eval \
+        --balanced_sampling --features_on_device --average_last_epochs 5 --bf16 --dataloader_num_workers 8
 
 Other models of `AutoModelForAudioClassification` run with `--mixup_probability 0 --time_mask 0 --freq_mask 0`: their
 losses may not take soft labels, and the masks need this package's features.
 """
 
+import copy
 import dataclasses
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,6 +37,7 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -35,20 +45,26 @@ from transformers import (
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 
-from transformers_cat import CATConfig, CATFeatureExtractor
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, include_code, model_card
+from transformers_cat.cards import known_dataset
 from transformers_cat.configuration_cat import MRMF_ARGUMENTS
 from transformers_cat.convert import load_trunk
 from transformers_cat.training import (
     AudioCollator,
     AudioTrainer,
+    SpecAugment,
+    WeightAveraging,
     align_labels,
     as_multi_label,
+    balanced_weights,
     compute_metrics_for,
     decode_audio,
     environment,
@@ -111,7 +127,10 @@ class DataArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "A folder (ESC-50, UrbanSound8K or audio folder layout) or a CSV file."},
+        metadata={
+            "help": "A folder (in the layout of ESC-50, UrbanSound8K, AudioSet or an audio folder, or made by "
+            "prepare_audio.py) or a CSV file."
+        },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Id of a data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
@@ -133,10 +152,22 @@ class DataArguments:
         default="error",
         metadata={"help": "What to do with missing and unreadable files.", "choices": ["error", "skip"]},
     )
+    check_audio: bool = field(
+        default=True,
+        metadata={"help": "Look at every file first; what prepare_audio.py made needs no check."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many clips, drawn by seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many clips, drawn by seed."})
     max_length_seconds: float = field(
         default=20.0, metadata={"help": "Training cuts longer clips to this length, at random; 0 never cuts."}
+    )
+    balanced_sampling: bool = field(
+        default=False,
+        metadata={"help": "Draw clips with replacement, by the inverse frequency of their classes."},
+    )
+    features_on_device: bool = field(
+        default=False,
+        metadata={"help": "Compute spectrograms and SpecAugment on the model's device instead of in the data workers."},
     )
     mixup_probability: float = field(default=0.5, metadata={"help": "Share of clips mixed with another; 0: no mixup."})
     mixup_alpha: float = field(default=1.0, metadata={"help": "Mixing shares come from Beta(alpha, alpha)."})
@@ -180,12 +211,20 @@ class RecipeArguments(TrainingArguments):
         default_factory=lambda: ["labels"], metadata=TrainingArguments.__dataclass_fields__["label_names"].metadata
     )
     seed: int = _recipe("seed", 0)
+    average_last_epochs: int = field(
+        default=0, metadata={"help": "Average the weights after so many last epochs; 0: take the last ones."}
+    )
     report_to: None | str | list[str] = _recipe("report_to", "tensorboard" if is_tensorboard_available() else "none")
+    hub_strategy: HubStrategy | str = _recipe("hub_strategy", "end")  # a repository is complete, or it is not there
+
+    def __getstate__(self):
+        """Without the token: the Trainer pickles its arguments beside each checkpoint."""
+        return {**self.__dict__, "hub_token": None}
 
 
 @dataclass
 class Clips:
-    """The clips of a run: `splits` has train, validation and test as far as they exist."""
+    """The clips of a run: `splits` has train, validation and test as far as they exist, without what was `skipped`."""
 
     splits: DatasetDict
     skipped: list[str]
@@ -216,27 +255,32 @@ class Clips:
 # ---------------------------------------------------------------------------------------------------------------------
 def load_clips(data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> Clips:
     """Load, check and split the clips."""
+    skipped = []
     # One process fills the caches that the others then read.
     with args.main_process_first(desc="loading the data set"):
-        loaded = load_data(data_args, model_args)
+        loaded = load_data(data_args, model_args, skipped)
     splits = _split(loaded, data_args, args)
     limits = {"train": data_args.max_train_samples}
-    skipped = []
     for name, split in splits.items():
         limit = limits.get(name, data_args.max_eval_samples)
         if limit is not None and limit < len(split):
             split = split.shuffle(seed=args.seed).select(range(limit))
-        splits[name], bad = validate_audio_files(split, data_args.on_bad_audio)
-        skipped += bad
+        splits[name] = split
+        if data_args.check_audio:
+            splits[name], unreadable = validate_audio_files(split, data_args.on_bad_audio)
+            skipped += unreadable
     return Clips(splits, skipped)
 
 
-def load_data(data_args: DataArguments, model_args: ModelArguments) -> Dataset | DatasetDict:
-    """The data set or its splits, with nothing held out yet."""
+def load_data(
+    data_args: DataArguments, model_args: ModelArguments, missing: list[str] | None = None
+) -> Dataset | DatasetDict:
+    """The data set or its splits, with nothing held out yet; names of missing clips are appended to `missing`."""
     columns = {
         "audio_column": data_args.audio_column_name,
         "label_column": data_args.label_column_name,
         "on_missing": data_args.on_bad_audio,
+        "missing": missing,
     }
     if data_args.train_file:
         files = {"train": data_args.train_file, "test": data_args.eval_file}
@@ -382,18 +426,17 @@ def _hub_arguments(model_args: ModelArguments) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
 # ---------------------------------------------------------------------------------------------------------------------
-def write_results(
-    path: Path,
+def collect_results(
     metrics: dict,
     clips: Clips,
     config: PreTrainedConfig,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: TrainingArguments,
-) -> None:
-    """JSON with all that is needed to read the numbers and to repeat the run."""
+) -> dict:
+    """All that is needed to read the numbers and to repeat the run: the content of results.json."""
     model = {key: value for key, value in asdict(model_args).items() if key != "token"}
-    results = {
+    return {
         "metrics": metrics,
         "clips": {name: len(split) for name, split in clips.splits.items()},
         "skipped": clips.skipped,
@@ -404,7 +447,28 @@ def write_results(
         "environment": environment(),
         "git": git_state(),
     }
-    write_json(path, results)
+
+
+def publish(trainer: AudioTrainer, results: dict) -> None:
+    """Save the model with its code and its card in the output folder; upload the folder if asked to."""
+    model, folder, args = trainer.model, Path(trainer.args.output_dir), trainer.args
+    is_cat = isinstance(model, CATForAudioClassification)
+    if trainer.is_world_process_zero():
+        if is_cat:
+            data = results["arguments"]["data"]
+            facts = known_dataset(data["dataset_name"] or data["data"] or data["train_file"], len(results["labels"]))
+            model_card(model, trainer.hub_model_id or folder.name, [results], facts).save(folder / "README.md")
+        if args.push_to_hub:
+            # A pickle, and lists of clips with their local paths.
+            (folder / ".gitignore").write_text("training_args.bin\n*.csv\n", encoding="utf-8")
+            if args.hub_revision:
+                hub = HfApi(token=args.hub_token)
+                hub.create_branch(trainer.hub_model_id, branch=args.hub_revision, exist_ok=True)
+    with include_code(model, trainer.processing_class) if is_cat else nullcontext():
+        if args.push_to_hub:
+            trainer.push_to_hub()  # which saves, too
+        else:
+            trainer.save_model()
 
 
 def evaluate(trainer: AudioTrainer, clips: Clips, names: list[str], problem_type: str) -> dict[str, float]:
@@ -432,6 +496,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     if args.label_smoothing_factor and data_args.mixup_probability:
         raise ValueError("--label_smoothing_factor needs class ids, but mixup makes soft labels; use one of the two")
+    if args.average_last_epochs and args.load_best_model_at_end:
+        raise ValueError("--average_last_epochs and --load_best_model_at_end name two final models; use one of the two")
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give --do_train, --do_eval or both")
     return model_args, data_args, args
@@ -451,10 +517,29 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The named checkpoint, or the last one in the output folder."""
     if args.resume_from_checkpoint:
         return args.resume_from_checkpoint
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if last:
-        logger.info("Resuming from %s; choose another --output_dir to start afresh.", last)
+    # The state is what a checkpoint ends with: without it, its writing was interrupted.
+    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    complete = {int(state.parent.name.rsplit("-", 1)[1]): str(state.parent) for state in states}
+    if not complete:
+        return None
+    last = complete[max(complete)]
+    logger.info("Resuming from %s; choose another --output_dir to start afresh.", last)
     return last
+
+
+def train(trainer: AudioTrainer) -> dict[str, float]:
+    """Train to the end, and write and return the metrics; those of before if there was nothing left to train."""
+    checkpoint = checkpoint_to_resume(trainer.args)
+    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    written = Path(trainer.args.output_dir) / "train_results.json"
+    if trainer.state.global_step == before and written.is_file():
+        logger.info("This training had ended already.")
+        return json.loads(written.read_text(encoding="utf-8"))
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
 
 
 def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -> RecipeArguments:
@@ -464,6 +549,8 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
     elif args.load_best_model_at_end:
         if not clips.choose_epoch:
             logger.warning("The epoch is chosen on the clips that are reported on: the result will be too good.")
+    elif args.average_last_epochs:
+        pass  # the epochs are given: none is chosen
     elif clips.choose_epoch and args.do_train and args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
         args.load_best_model_at_end = True
         args.metric_for_best_model = args.metric_for_best_model or main_metric(problem_type)
@@ -483,10 +570,21 @@ def build_collator(data_args: DataArguments, feature_extractor, num_labels: int,
         mixup_alpha=data_args.mixup_alpha,
         time_roll=data_args.time_roll,
         gain_db=data_args.gain_db,
-        time_mask=data_args.time_mask,
-        freq_mask=data_args.freq_mask,
+        # Without spectrograms there is nothing to mask yet.
+        time_mask=0 if data_args.features_on_device else data_args.time_mask,
+        freq_mask=0 if data_args.features_on_device else data_args.freq_mask,
         max_length_seconds=data_args.max_length_seconds or None,
     )
+
+
+def without_spectrograms(feature_extractor) -> CATFeatureExtractor:
+    """The extractor that leaves spectrograms to the model."""
+    if not isinstance(feature_extractor, CATFeatureExtractor):
+        name = type(feature_extractor).__name__
+        raise ValueError(
+            f"--features_on_device needs a model that takes waveforms and a CATFeatureExtractor, not {name}"
+        )
+    return CATFeatureExtractor.from_dict({**feature_extractor.to_dict(), "do_mrmf": False})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -521,40 +619,53 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     decoded = {key: decode_audio(split, feature_extractor.sampling_rate) for key, split in clips.splits.items()}
     clips = dataclasses.replace(clips, splits=DatasetDict(decoded))
+    front_end, spec_augment, weights = feature_extractor, None, None
+    if data_args.features_on_device:
+        front_end = without_spectrograms(feature_extractor)
+        spec_augment = SpecAugment(front_end.num_bins, data_args.time_mask, data_args.freq_mask)
+    if args.do_train and data_args.balanced_sampling:
+        weights = balanced_weights(clips.splits["train"].with_format(None)["label"][:], len(names))
     trainer = AudioTrainer(
         model=model,
         args=args,
-        data_collator=build_collator(data_args, feature_extractor, len(names), training=True),
-        eval_collator=build_collator(data_args, feature_extractor, len(names), training=False),
+        data_collator=build_collator(data_args, front_end, len(names), training=True),
+        eval_collator=build_collator(data_args, front_end, len(names), training=False),
+        sampling_weights=weights,
+        spec_augment=spec_augment,
         train_dataset=clips.splits["train"] if args.do_train else None,
         eval_dataset=clips.watched,
         compute_metrics=compute_metrics_for(problem_type),
         processing_class=feature_extractor,
     )
 
+    averaging = None
+    if args.do_train and args.average_last_epochs:
+        averaging = WeightAveraging(trainer, args.average_last_epochs)
+        trainer.add_callback(averaging)
+
     metrics = {}
     if args.do_train:
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        metrics |= train(trainer)
+    if averaging:
+        if args.do_eval and clips.reported is not None:
+            metrics |= trainer.predict(clips.reported, metric_key_prefix="last_epoch").metrics
+        averaging.load(model)
     if args.do_eval and clips.reported is not None:
         metrics |= evaluate(trainer, clips, names, problem_type)
-    if args.do_train:
-        # What is saved here is for inference; the checkpoints beside it have the block, to resume with.
-        if hasattr(model, "drop_reconstruction"):
-            model.drop_reconstruction()
-        trainer.save_model()
+    config = copy.deepcopy(model.config)  # as it was trained
+    # What is saved from here on is for inference; the checkpoints beside it have the block, to resume with.
+    if args.do_train and hasattr(model, "drop_reconstruction"):
+        model.drop_reconstruction()
+    results = collect_results(metrics, clips, config, model_args, data_args, args)
+    if trainer.is_world_process_zero() and args.do_train:
+        history, folder = trainer.state.log_history, Path(args.output_dir)
+        write_history(history, folder / "history.csv")
+        plot_learning_curves(history, folder / "learning_curve.png", main_metric(problem_type))
+    if args.do_train or args.push_to_hub:
+        publish(trainer, results)
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir)
-        if args.do_train:
-            history = trainer.state.log_history
-            write_history(history, folder / "history.csv")
-            plot_learning_curves(history, folder / "learning_curve.png", main_metric(problem_type))
         # Last: who finds it knows that the run has ended.
-        write_results(folder / "results.json", metrics, clips, model.config, model_args, data_args, args)
-    if args.push_to_hub:
-        trainer.push_to_hub(tasks="audio-classification", tags="audio-classification", dataset=data_args.dataset_name)
+        write_json(Path(args.output_dir) / "results.json", results)
     return metrics
 
 

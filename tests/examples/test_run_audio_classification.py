@@ -333,8 +333,10 @@ class TestClips:
         with pytest.raises(FileNotFoundError, match=r"1 of 20 listed files do not exist: .*absent\.wav"):
             self.clips(script, folder, tmp_path, *flags, "error")
         clips, _ = self.clips(script, folder, tmp_path, *flags, "skip")
-        assert [Path(name).name for name in clips.skipped] == ["broken.wav"]
+        assert [Path(name).name for name in clips.skipped] == ["absent.wav", "broken.wav"]
         assert len(clips.splits["train"]) == 12
+        clips, _ = self.clips(script, folder, tmp_path, *flags, "skip", "--check_audio", "false")
+        assert len(clips.splits["train"]) == 13 and len(clips.skipped) == 1
 
     def test_train_and_eval_files(self, script, folder, tmp_path):
         (folder / "train.csv").write_text("audio,label\nlow0.wav,low\nhigh0.wav,high\n")

@@ -313,7 +313,7 @@ class TestWhole:
         ({"mixup_probability": 0.5, "mixup_alpha": 0.0}, "mixup_alpha must be positive"),
         ({"time_roll": 2.0}, "time_roll is a share"),
         ({"gain_db": -1.0}, "gain_db must not be negative"),
-        ({"time_mask": -1}, "time_mask must not be negative"),
+        ({"extractor": FEATURES, "time_mask": -1}, "time_mask must not be negative"),
         ({"max_length_seconds": 0.0}, "max_length_seconds must be positive or None"),
         ({"extractor": FEATURES, "freq_mask": 65}, "freq_mask=65 is wider than 64 bins"),
         ({"time_mask": 10}, "SpecAugment needs .* do_mrmf=True, or .* time_mask=0 and freq_mask=0"),

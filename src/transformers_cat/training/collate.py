@@ -1,7 +1,7 @@
 """From decoded clips to a batch: augmentation of waveforms, one call of the feature extractor, masks on features.
 
-All randomness comes from torch's global generator, which the Trainer seeds, data workers inherit and checkpoints
-store: a resumed run draws what the uninterrupted one would have drawn.
+Examples with a `seed`, as `AudioTrainer` draws them, are augmented by it: a resumed run sees what the uninterrupted one
+would have seen, with any number of data workers. Otherwise all randomness comes from torch's global generator.
 """
 
 from collections.abc import Sequence
@@ -67,21 +67,33 @@ class AudioCollator:
             raise ValueError(f"mixup_alpha must be positive, not {self.mixup_alpha}; mixup_probability=0 is no mixup")
         if not 0 <= self.time_roll <= 1:
             raise ValueError(f"time_roll is a share of the clip in [0, 1], not {self.time_roll}")
-        for name in ("gain_db", "time_mask", "freq_mask"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.gain_db < 0:
+            raise ValueError(f"gain_db must not be negative, not {self.gain_db}")
         if self.max_length_seconds is not None and self.max_length_seconds <= 0:
             raise ValueError(f"max_length_seconds must be positive or None, not {self.max_length_seconds}")
         masks = self.training and (self.time_mask or self.freq_mask)
         if masks and not getattr(self.feature_extractor, "do_mrmf", False):
             raise ValueError(
                 "SpecAugment needs the feature extractor's multi-resolution features: use a CATFeatureExtractor with "
-                "do_mrmf=True, or switch the masks off with time_mask=0 and freq_mask=0"
+                "do_mrmf=True, or switch the masks off with time_mask=0 and freq_mask=0 (and, for waveforms, give an "
+                "AudioTrainer its own SpecAugment)"
             )
-        if masks and self.freq_mask > self.feature_extractor.num_bins:
-            raise ValueError(f"freq_mask={self.freq_mask} is wider than {self.feature_extractor.num_bins} bins")
+        self._spec_augment = None
+        if masks:
+            self._spec_augment = SpecAugment(self.feature_extractor.num_bins, self.time_mask, self.freq_mask)
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, Tensor]:
+        if "seed" not in examples[0]:
+            return self._collate(examples)
+        # Not torch.manual_seed, which would also seed the accelerators, whose generators the model draws from.
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(examples[0]["seed"])
+        try:
+            return self._collate(examples)
+        finally:
+            torch.set_rng_state(state)
+
+    def _collate(self, examples: Sequence[dict]) -> dict[str, Tensor]:
         waveforms = [torch.as_tensor(example["audio"], dtype=torch.float32) for example in examples]
         labels = self._labels([example["label"] for example in examples]) if "label" in examples[0] else None
         if self.training:
@@ -94,7 +106,7 @@ class AudioCollator:
             return_tensors="pt",
         )
         batch = dict(batch)
-        if self.training and (self.time_mask or self.freq_mask):
+        if self._spec_augment is not None:
             batch["input_values"] = self._spec_augment(batch["input_values"], batch.get("attention_mask"))
         if labels is not None:
             batch["labels"] = labels
@@ -164,29 +176,52 @@ class AudioCollator:
             share * labels + (1 - share) * labels[partner],
         )
 
-    def _spec_augment(self, input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Replace one time band and one frequency band per clip, the same in all filters and resolutions.
 
-        The value is each feature's mean over the valid frames of the batch, which the model's normalisation maps close
-        to zero; frames of padding are left alone.
-        """
-        size, frames, _ = input_values.shape
-        bins = self.feature_extractor.num_bins
-        features = input_values.view(size, frames, -1, bins)  # (B, T, G*K, F)
-        valid = torch.ones(size, frames) if attention_mask is None else attention_mask
-        valid = valid.bool()
-        mean = input_values[valid].mean(dim=0).view(-1, bins)  # (G*K, F)
-        keep = self._time_band(valid) & self._frequency_band(size, bins)  # (B, T, F)
-        masked = (~keep & valid[:, :, None])[:, :, None]  # (B, T, 1, F)
-        return torch.where(masked, mean, features).view_as(input_values)
+@dataclass
+class SpecAugment:
+    """Replace one time band and one frequency band per clip, the same in all filters and resolutions.
 
-    def _time_band(self, valid: Tensor) -> Tensor:
+    The value is each feature's mean over the valid frames of the batch, which the model's normalisation maps close to
+    zero; frames of padding are left alone.
+
+    Args:
+        num_bins: bins F of each filter bank.
+        time_mask: bound on the width of the time band, in frames; at most half of a clip. 0 for none.
+        freq_mask: bound on the width of the frequency band, in bins. 0 for none.
+
+    Raises:
+        ValueError: a width is negative, or the frequency band may be wider than the bank.
+    """
+
+    num_bins: int
+    time_mask: int
+    freq_mask: int
+
+    def __post_init__(self):
+        for name in ("time_mask", "freq_mask"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.freq_mask > self.num_bins:
+            raise ValueError(f"freq_mask={self.freq_mask} is wider than {self.num_bins} bins")
+
+    def __call__(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, G*K*F) and the mask (B, T) of valid frames -> (B, T, G*K*F). Draws on the CPU, works on any device."""
+        size, frames, _ = features.shape
+        valid = torch.ones(size, frames, device=features.device) if mask is None else mask.to(features.dtype)
+        keep = self._time_band(valid.sum(dim=1).int().tolist(), frames) & self._frequency_band(size)  # (B, T, F)
+        masked = (~keep.to(features.device) & valid.bool()[:, :, None])[:, :, None]  # (B, T, 1, F)
+        mean = (features * valid[:, :, None]).sum(dim=(0, 1)) / valid.sum()
+        banks = features.unflatten(2, (-1, self.num_bins))  # (B, T, G*K, F)
+        return torch.where(masked, mean.view(-1, self.num_bins), banks).flatten(2)
+
+    def _time_band(self, lengths: list[int], frames: int) -> Tensor:
         """(B, T, 1), False in one band per clip, drawn within the clip's own frames."""
-        keep = torch.ones(*valid.shape, 1)
-        for clip, frames in zip(keep, valid.sum(dim=1).tolist(), strict=True):
-            clip[:frames] = audio_functional.mask_along_axis(clip[:frames], self.time_mask, 0.0, 0, MAX_MASKED_SHARE)
+        keep = torch.ones(len(lengths), frames, 1)
+        for clip, length in zip(keep, lengths):
+            clip[:length] = audio_functional.mask_along_axis(clip[:length], self.time_mask, 0.0, 0, MAX_MASKED_SHARE)
         return keep.bool()
 
-    def _frequency_band(self, size: int, bins: int) -> Tensor:
+    def _frequency_band(self, size: int) -> Tensor:
         """(B, 1, F), False in one band per clip."""
-        return audio_functional.mask_along_axis_iid(torch.ones(size, 1, bins), self.freq_mask, 0.0, 2).bool()
+        ones = torch.ones(size, 1, self.num_bins)
+        return audio_functional.mask_along_axis_iid(ones, self.freq_mask, 0.0, 2).bool()

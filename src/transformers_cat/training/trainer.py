@@ -1,46 +1,81 @@
-"""A Trainer that augments only what it trains on, and logs the parts of the loss."""
+"""A Trainer that draws and augments its clips reproducibly, and logs the parts of the loss."""
 
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainerCallback
 
-from .collate import AudioCollator
+from .collate import AudioCollator, SpecAugment
+from .sampler import DrawnClips, EpochSampler
 
 LOSS_PARTS = ("classification_loss", "causal_loss", "reconstruction_loss")
 
 
 class AudioTrainer(Trainer):
-    """transformers' Trainer with a collator of its own for evaluation, and each part of the objective in the log.
+    """transformers' Trainer with augmentation that can be repeated, and each part of the objective in the log.
+
+    What an epoch draws, and how each draw is augmented, depends on the seed (`data_seed`, else `seed`) and the epoch
+    alone: an interrupted training goes on, also from the middle of an epoch, as if nothing had happened.
 
     The parts (l_theta, l_c and l_rs of eq. 10, without their weights) are means over all micro-batches since the last
-    log, of all processes. Models that do not return them train as with the plain Trainer.
+    log, of all processes. Models that do not return them train as with the plain Trainer. Running averages of batch
+    norms are means over the processes, so all of them evaluate the same model.
 
     Args:
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
+        sampling_weights: (clips,) to draw the training clips by, with replacement, as `balanced_weights` returns them.
+            By default an epoch has every clip once.
+        spec_augment: Masks for batches of waveforms, whose spectrograms are then computed on the model's device.
+
+    Raises:
+        ValueError: There is not one sampling weight for each training clip, or they contradict
+            `train_sampling_strategy`.
     """
 
-    def __init__(self, *args, eval_collator: AudioCollator, **kwargs):
+    def __init__(
+        self,
+        *args,
+        eval_collator: AudioCollator,
+        sampling_weights: torch.Tensor | None = None,
+        spec_augment: SpecAugment | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        if sampling_weights is not None and self.args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"Sampling weights contradict train_sampling_strategy={self.args.train_sampling_strategy!r}: choose one"
+            )
         self.eval_collator = eval_collator
+        self.sampling_weights = sampling_weights
+        self.spec_augment = spec_augment
+        self._sampler: EpochSampler | None = None
+        self.add_callback(_SetEpoch(self))
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if model.training:
-            self._count += 1
-            for name in LOSS_PARTS:
-                if outputs.get(name) is not None:
-                    self._sums[name] = self._sums.get(name, 0.0) + outputs[name].detach().float()
-        return (loss, outputs) if return_outputs else loss
+    # Data
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._sums:
-            for name, total in self._sums.items():
-                logs[name] = round(self.accelerator.reduce(total / self._count, reduction="mean").item(), 4)
-            self._sums, self._count = {}, 0
-        super().log(logs, start_time)
+    def get_train_dataloader(self):
+        clips = self.train_dataset
+        if self._draws_by_epoch:
+            self.train_dataset = DrawnClips(clips)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = clips
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self._draws_by_epoch:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(self.train_dataset), seed, self.sampling_weights)
+        return self._sampler
+
+    @property
+    def _draws_by_epoch(self) -> bool:
+        return self.args.train_sampling_strategy == "random" and hasattr(self.train_dataset, "__len__")
 
     @contextmanager
     def _without_augmentation(self):
@@ -57,3 +92,73 @@ class AudioTrainer(Trainer):
     def get_test_dataloader(self, test_dataset):
         with self._without_augmentation():
             return super().get_test_dataloader(test_dataset)
+
+    # Steps
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        if self.args.world_size > 1:
+            self._average_running_statistics()
+        return loss
+
+    @torch.no_grad()
+    def _average_running_statistics(self) -> None:
+        """Each process has seen its own batch; without this, each would evaluate with statistics of its own."""
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                for buffer in (module.running_mean, module.running_var):
+                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training and self.spec_augment is not None:
+            inputs = self._with_masked_features(model, inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._count += 1
+            for name in LOSS_PARTS:
+                if outputs.get(name) is not None:
+                    self._sums[name] = self._sums.get(name, 0.0) + outputs[name].detach().float()
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _with_masked_features(self, model, inputs: dict) -> dict:
+        """Waveforms (B, N) -> what the collator would have made of them: masked spectrograms, on the model's device."""
+        inputs = dict(inputs)
+        encoder = self.accelerator.unwrap_model(model).base_model
+        features, mask = encoder.features(inputs["input_values"], inputs.pop("attention_mask", None))
+        inputs["input_values"] = self.spec_augment(features, mask)
+        return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.args.world_size > 1 and output.predictions is not None and output.label_ids is not None:
+            # The mean over batches counts the clips that fill up the last one.
+            predictions = output.predictions
+            logits = torch.from_numpy(predictions[0] if isinstance(predictions, tuple) else predictions)
+            loss = self.model.loss_function(torch.from_numpy(output.label_ids), logits, self.model.config)
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss.item()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            for name, total in self._sums.items():
+                logs[name] = round(self.accelerator.reduce(total / self._count, reduction="mean").item(), 4)
+            self._sums, self._count = {}, 0
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keeps a card that is there: one written from the results of the run says more than the draft made here."""
+        if not (Path(self.args.output_dir) / "README.md").exists():
+            super().create_model_card(*args, **kwargs)
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch. accelerate does so too, but not in several processes when it skips the batches that
+    an interrupted epoch had."""
+
+    def __init__(self, trainer: AudioTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.set_epoch(int(state.epoch or 0))
