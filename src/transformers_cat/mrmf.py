@@ -18,6 +18,7 @@ from .configuration_cat import (
     validate_mrmf,
 )
 
+SLICE = 2**13  # frames of the grid that are transformed at once: the spectra of an hour would take gigabytes
 MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
 
 
@@ -147,13 +148,22 @@ class MRMFSpectrogram(nn.Module):
         left = (window_length - hop_length) // 2 + (hop_length if coarse else 0)
         right = (count - 1) * hop_length + window_length - left - waveform.shape[-1]
         frames = nn.functional.pad(waveform, (left, right)).unfold(-1, window_length, hop_length)
+        # A graph that is being traced must not depend on how many slices there are.
+        ratio = max(self.frame_shift // hop_length, 1)
+        slices = [frames] if torch.compiler.is_compiling() else frames.split(SLICE * ratio, dim=1)
+        power = torch.cat([self.filtered_power(part, k) for part in slices], dim=1)
+        return frames_to_grid(power, hop_length, self.frame_shift, num_frames) if coarse else power
+
+    def filtered_power(self, frames: torch.Tensor, k: int) -> torch.Tensor:
+        """Frames (B, L, w_k) -> power (B, L, G * F), averaged to the grid where their hop is the finer one."""
         # The transform zero-pads each frame on its right: a shift of phase, which power does not see.
-        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"), n=fft_length(window_length))
+        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"), n=fft_length(self.window_lengths[k]))
         power = spectrum.real.square() + spectrum.imag.square()
-        bank = getattr(self, f"bank_{k}")
-        if coarse:  # bank and grid are both linear: whichever leaves less to compute goes first
-            return frames_to_grid(power @ bank, hop_length, self.frame_shift, num_frames)
-        return frames_to_grid(power, hop_length, self.frame_shift, num_frames) @ bank
+        # Bank and grid are both linear: whichever leaves less to compute goes first.
+        ratio = self.frame_shift // self.hop_lengths[k]
+        if ratio > 1:
+            power = frames_to_grid(power, self.hop_lengths[k], self.frame_shift, frames.shape[1] // ratio)
+        return power @ getattr(self, f"bank_{k}")
 
     def forward(
         self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
