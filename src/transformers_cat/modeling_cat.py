@@ -771,7 +771,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         Raises:
             ValueError: A reconstruction is asked for of a model without the block.
         """
-        outputs = self.cat(input_values, attention_mask=attention_mask, **kwargs)
+        outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         latents = outputs.pooler_output
         logits = self.classifier(latents)
         patches = None
