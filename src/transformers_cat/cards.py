@@ -134,7 +134,7 @@ DATASETS = {
         terms="CC BY-NC 3.0, which excludes commercial use",
         description="urban sounds of ten classes, clips of at most 4 s, from Freesound",
         protocol="the mean accuracy over the ten given folds; splits that mix them give figures that are far too high",
-        credit="Justin Salamon, Christopher Jacoby, Juan Pablo Bello and the Freesound users whose recordings they took",
+        credit="Justin Salamon, Christopher Jacoby, Juan Pablo Bello and the Freesound users whose clips these are",
         citation="""@inproceedings{salamon2014urbansound,
   title     = {A Dataset and Taxonomy for Urban Sound Research},
   author    = {Salamon, Justin and Jacoby, Christopher and Bello, Juan Pablo},
@@ -278,22 +278,25 @@ def _hub_dataset(run: Mapping | None) -> list[str] | None:
     return [_data(run)["dataset_name"]] if run and _data(run).get("dataset_name") else None
 
 
+def _source(run: Mapping | None) -> str | None:
+    """What the training started from: a checkpoint or another model's trunk; None is from scratch."""
+    model = run["arguments"]["model"] if run else {}
+    return model.get("model_name_or_path") or model.get("init_from")
+
+
 def _base_model(run: Mapping | None) -> str | None:
-    """The checkpoint that the training started from, where it is one of the Hub."""
-    source = run and (run["arguments"]["model"].get("model_name_or_path") or run["arguments"]["model"].get("init_from"))
-    is_hub_id = source and source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
-    return source if is_hub_id else None
+    """The source, where it is one of the Hub."""
+    source = _source(run)
+    is_path = source is None or source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
+    return None if is_path else source
 
 
-def _start(run: Mapping | None) -> str | None:
+def _start(run: Mapping | None) -> str:
     """Where the weights came from, in words."""
-    if run is None:
-        return None
-    arguments = run["arguments"]["model"]
-    source = arguments.get("model_name_or_path") or arguments.get("init_from")
+    source = _source(run)
     if source is None:
         return "from scratch"
-    what = "the checkpoint" if arguments.get("model_name_or_path") else "the trunk of"
+    what = "the checkpoint" if run["arguments"]["model"].get("model_name_or_path") else "the trunk of"
     return f"from {what} {_base_model(run) or Path(source).name}"
 
 

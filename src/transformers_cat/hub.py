@@ -1,6 +1,8 @@
 """Checkpoints for the Hub: complete with their code, in one commit."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
@@ -10,29 +12,48 @@ from .configuration_cat import CATConfig
 from .feature_extraction_cat import CATFeatureExtractor
 from .modeling_cat import CATForAudioClassification, CATModel, CATPreTrainedModel
 
+AUTO_CLASSES = {
+    CATConfig: "AutoConfig",
+    CATFeatureExtractor: "AutoFeatureExtractor",
+    CATModel: "AutoModel",
+    CATForAudioClassification: "AutoModelForAudioClassification",
+}
 
-def include_code(model: CATPreTrainedModel) -> None:
-    """Let whatever is saved from now on carry its code, so that it loads where this package is not installed.
 
-    A model and a feature extractor saved after this (by `save_pretrained`, a `Trainer` or `push_to_hub`) bring the five
-    files of the model along, and `from_pretrained` and `pipeline` use them when `trust_remote_code=True` is passed. As
-    transformers has it, this holds for the classes, until the process ends. Where the package is imported, it is used.
+@contextmanager
+def include_code(model: CATPreTrainedModel, feature_extractor: CATFeatureExtractor) -> Iterator[None]:
+    """Let what is saved inside of `with` carry its code, so that it loads where this package is not installed.
+
+    The folder or repository gets the files of the model, and its configurations name their classes: `from_pretrained`
+    and `pipeline` use them when `trust_remote_code=True` is passed. Where the package is imported, it is used instead.
+    With any Trainer: `with include_code(model, feature_extractor): trainer.push_to_hub()`.
 
     Args:
-        model: Its configuration also names the class that `AutoModel` loads, besides that of the model itself.
+        model: What is saved with its code.
+        feature_extractor: Saved with it.
 
     Raises:
         TypeError: The model is none of this package.
     """
     if not isinstance(model, CATPreTrainedModel):
-        raise TypeError(f"Only the code of a CAT model can be included, not that of a {type(model).__name__}.")
-    CATConfig.register_for_auto_class()
-    CATFeatureExtractor.register_for_auto_class()
-    CATModel.register_for_auto_class("AutoModel")
-    CATForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
-    # Saving adds the model's own class; without this entry a classifier's checkpoint would have no body to load.
-    auto_map = getattr(model.config, "auto_map", None) or {}
-    model.config.auto_map = {**auto_map, "AutoModel": f"{CATModel.__module__.split('.')[-1]}.{CATModel.__name__}"}
+        raise TypeError(f"Only the code of CAT can be included, not that of a {type(model).__name__}.")
+    registered = {cls: cls._auto_class for cls in AUTO_CLASSES}
+    auto_maps = [(owner, vars(owner).get("auto_map")) for owner in (model.config, feature_extractor)]
+    try:
+        for cls, auto_class in AUTO_CLASSES.items():
+            cls.register_for_auto_class(auto_class)
+        # Saving enters the model's own class; a classifier's checkpoint has a body to load as well.
+        body = f"{CATModel.__module__.rpartition('.')[2]}.{CATModel.__name__}"
+        model.config.auto_map = {**(auto_maps[0][1] or {}), "AutoModel": body}
+        yield
+    finally:
+        # The classes hold this for the whole process: what is saved later must not name files that it does not have.
+        for cls, auto_class in registered.items():
+            cls._auto_class = auto_class
+        for owner, auto_map in auto_maps:
+            owner.auto_map = auto_map
+            if auto_map is None:
+                del owner.auto_map
 
 
 def push_to_hub(
@@ -68,18 +89,15 @@ def push_to_hub(
         TypeError: The model is none of this package.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses: no valid token, no permission.
     """
-    include_code(model)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
         card = model_card(model, name=repo_id)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, include_code(model, feature_extractor):
         model.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
         if card is not None:
             card.save(Path(folder) / "README.md")
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-        )
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
