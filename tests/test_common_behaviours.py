@@ -442,6 +442,7 @@ def test_disk_offload_bin(model_class, tmp_path):
     assert_offloaded_gives_the_same(build(model_class), lambda model: disk_offloaded(model, tmp_path))
 
 
+@pytest.mark.skipif(RELEASE < Version("5.17"), reason="transformers 5.4 runs no model that lies on disk as a whole")
 def test_disk_offload_safetensors(model_class, tmp_path):
     assert_offloaded_gives_the_same(build(model_class), lambda model: load_with_everything_on_disk(model, tmp_path))
 
@@ -846,25 +847,27 @@ def test_flex_attention_with_grads(model_class, implementation):
         build(model_class).set_attn_implementation(implementation)
 
 
+# Compilation ends before code is generated for the machine: that takes minutes, and is not CAT's.
+
+
 @pytest.mark.slow
 def test_sdpa_can_compile_dynamic():
     model = build(CATForAudioClassification, depths=(2, 1), num_heads=(2, 4), depthwise_kernel_size=0, stem_depth=0)
     torch.compiler.reset()
-    compiled = torch.compile(model, dynamic=True)
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
     with torch.no_grad():
         for frames in (48, 80, 101):
             features = torch.randn(2, frames, 384)
             torch.testing.assert_close(compiled(features).logits, model(features).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_torch_compile_for_training():
     overrides = {"depths": (2, 1), "num_heads": (2, 4), "drop_path_rate": 0.0, "depthwise_kernel_size": 0}
     inputs, gradients = inputs_for(CATForAudioClassification, labels=True), []
     torch.compiler.reset()
     for compiled in (False, True):
         model = build(CATForAudioClassification, problem_type="single_label_classification", **overrides)
-        run = torch.compile(model.train()) if compiled else model.train()
+        run = torch.compile(model.train(), backend="aot_eager") if compiled else model.train()
         torch.manual_seed(3)
         run(**inputs).loss.backward()
         gradients.append({name: value.grad for name, value in model.named_parameters()})

@@ -15,7 +15,7 @@ def test_defaults_are_the_documented_shapes():
     assert [config.window_shape(stage) for stage in range(4)] == [(8, 8), (8, 8), (16, 4), (32, 2)]
 
 
-def test_round_trip_through_json(tmp_path):
+def test_config_from_and_save_pretrained(tmp_path):
     config = CATConfig(filters=("linear",), depths=(1, 2), num_heads=(3, 6), num_labels=7, f_max=12_000)
     config.save_pretrained(tmp_path)
     assert CATConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

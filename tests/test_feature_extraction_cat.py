@@ -138,7 +138,7 @@ def test_a_missing_rate_is_a_warning(extractor, clips, caplog):
     assert "sampling_rate" in caplog.text
 
 
-def test_round_trip_through_json(tmp_path):
+def test_feat_extract_from_and_save_pretrained(tmp_path):
     extractor = CATFeatureExtractor(filters=("mel",), num_bins=32, do_mrmf=False)
     extractor.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "preprocessor_config.json").read_text())

@@ -325,12 +325,6 @@ def test_feature_norm_is_batch_norm_over_the_frames_that_hold_audio():
     torch.testing.assert_close(norm(features, mask)[mask], reference(features[mask]), atol=1e-5, rtol=1e-5)
 
 
-def test_every_parameter_is_trained():
-    model = model_with().train()
-    model(torch.randn(4, 200, 384), labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-    assert [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()] == []
-
-
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     torch.manual_seed(0)
     drop_path = CATDropPath(0.25)
@@ -340,43 +334,6 @@ def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():
     assert per_clip.unique().tolist() == pytest.approx([0, 4 / 3]) and (per_clip == per_clip[:, :1]).all()
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.03)
     assert drop_path.eval()(branch) is branch
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
-    gradients = []
-    for checkpointing in (False, True):
-        model = model_with(drop_path_rate=0.0).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        torch.manual_seed(1)
-        model(torch.randn(2, 40, 384), labels=torch.tensor([0, 1])).loss.backward()
-        gradients.append({name: value.grad for name, value in model.named_parameters()})
-    torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_losses_of_each_problem_type():
-    """Of the classification part: the others have tests of their own."""
-    logits = None
-    features, soft = torch.randn(2, 16, 384), torch.tensor([[0.3, 0.7, 0, 0, 0], [0, 0, 0, 0, 1.0]])
-    for problem_type, labels in (
-        ("single_label_classification", torch.tensor([1, 4])),
-        ("single_label_classification", soft),
-        ("multi_label_classification", soft),
-        ("regression", soft),
-    ):
-        model = model_with(problem_type=problem_type)
-        output = model(features, labels=labels)
-        logits = output.logits
-        expected = {
-            "single_label_classification": nn.functional.cross_entropy,
-            "multi_label_classification": nn.functional.binary_cross_entropy_with_logits,
-            "regression": nn.functional.mse_loss,
-        }[problem_type](logits, labels)
-        torch.testing.assert_close(output.classification_loss, expected)
-    inferred = model_with()
-    inferred(features, labels=torch.tensor([1, 4]))
-    assert inferred.config.problem_type == "single_label_classification"
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
@@ -450,25 +407,6 @@ def test_reconstruction_block_comes_and_goes_without_a_warning(tmp_path, small_m
     assert CATForAudioClassification.from_pretrained(tmp_path / "dropped").reconstruction is None
 
 
-def test_hidden_states_and_attentions(small_model):
-    small_model.set_attn_implementation("eager")
-    output = small_model(torch.randn(2, 40, 384), output_hidden_states=True, output_attentions=True)
-    assert [tuple(state.shape) for state in output.hidden_states] == [
-        (2, 10, 16, 16),
-        (2, 5, 8, 32),
-        (2, 3, 4, 64),
-        (2, 3, 4, 64),
-    ]
-    # windows of 8x8, 8x8 and 16x4 tokens
-    assert [tuple(weights.shape) for weights in output.attentions] == [
-        (2 * 4, 2, 64, 64),
-        (2 * 1, 4, 64, 64),
-        (2 * 1, 8, 64, 64),
-    ]
-    for weights in output.attentions:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-
-
 @pytest.mark.parametrize("case", ["features", "padded features", "waveforms", "training"])
 def test_compiles_without_a_graph_break(small_model, case):
     torch.compiler.reset()
@@ -490,16 +428,6 @@ def test_compiles_without_a_graph_break(small_model, case):
     if case == "training":
         output.loss.backward()
         assert all(value.grad is not None for value in small_model.parameters())
-
-
-def test_eager_is_sdpa(small_model):
-    features = torch.randn(3, 50, 384)
-    mask = torch.arange(50) < torch.tensor([50, 31, 2])[:, None]
-    outputs = []
-    for implementation in ("eager", "sdpa"):
-        small_model.set_attn_implementation(implementation)
-        outputs.append(small_model(features, mask).logits)
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_heads_of_a_filter_are_its_rows_of_the_dense_matrix():
