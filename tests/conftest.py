@@ -58,3 +58,12 @@ def small_model() -> CATForAudioClassification:
     """A small model in evaluation mode with random values in every parameter."""
     torch.manual_seed(0)
     return awaken(CATForAudioClassification(small_config())).eval()
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Memory that nobody has written to holds NaN and the largest integers, not the zeros of a fresh page."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

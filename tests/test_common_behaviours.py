@@ -70,15 +70,6 @@ def assert_same_weights(left: nn.Module, right: nn.Module) -> None:
         assert torch.equal(value, found[name]), name
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Memory that nobody has written to holds NaN and the largest integers, not the zeros of a fresh page."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 # Configuration
 
 
