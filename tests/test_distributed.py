@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback, TrainingArguments
 
@@ -87,6 +89,10 @@ def assert_same_step(found: dict, expected: dict) -> None:
         np.testing.assert_allclose(found["gradients"][name], gradient, atol=1e-5, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.17"),
+    reason="the Trainer of transformers 5.4 divides gradients by the accumulation steps a second time",
+)
 def test_accumulation_is_one_large_batch(of_one_process, tmp_path):
     assert of_one_process["log"]["loss"] > 0.1
     assert_same_step(train_one_step(str(tmp_path), 2, 2, WITHOUT_CAUSAL_LOSS), of_one_process)
