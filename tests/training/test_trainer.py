@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification
-from transformers_cat.training import AudioCollator, AudioTrainer
+from transformers_cat.training import AudioCollator, AudioTrainer, SpecAugment
 
 from ..conftest import small_config
 
@@ -14,32 +14,34 @@ def noise(seed: int) -> dict:
     return {"audio": generator.normal(0, 0.1, 8_000 + 500 * seed).astype(np.float32), "label": seed % 5}
 
 
+OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 0, "freq_mask": 0}
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(**arguments) -> AudioTrainer:
+    def make(config=None, augmentation=None, do_mrmf=True, sampling_weights=None, spec_augment=None, **arguments):
         torch.manual_seed(0)
-        extractor = CATFeatureExtractor()
-        collators = [
-            AudioCollator(extractor, training, num_labels=5, mixup_probability=float(training), time_mask=9)
-            for training in (True, False)
-        ]
+        extractor = CATFeatureExtractor(do_mrmf=do_mrmf)
+        defaults = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
         return AudioTrainer(
-            CATForAudioClassification(small_config(problem_type="single_label_classification")),
+            CATForAudioClassification(small_config(problem_type="single_label_classification", **(config or {}))),
             TrainingArguments(
-                tmp_path,
-                per_device_train_batch_size=2,
-                max_steps=2,
-                logging_steps=2,
-                learning_rate=0.0,
                 remove_unused_columns=False,
                 label_names=["labels"],
-                save_strategy="no",
                 report_to="none",
                 use_cpu=True,
-                **arguments,
+                disable_tqdm=True,
+                **{"output_dir": tmp_path, "save_strategy": "no", **defaults, **arguments},
             ),
-            data_collator=collators[0],
-            eval_collator=collators[1],
+            data_collator=AudioCollator(
+                extractor,
+                training=True,
+                num_labels=5,
+                **{"mixup_probability": 1.0, "time_mask": 9, **(augmentation or {})},
+            ),
+            eval_collator=AudioCollator(extractor, training=False, num_labels=5),
+            sampling_weights=sampling_weights,
+            spec_augment=spec_augment,
             train_dataset=[noise(seed) for seed in range(8)],
             eval_dataset=[noise(seed) for seed in range(3)],
             processing_class=extractor,
@@ -70,3 +72,139 @@ def test_evaluation_is_not_augmented(make_trainer):
 def test_predictions_are_the_logits_alone(make_trainer):
     predictions = make_trainer().predict([noise(1), noise(2)]).predictions
     assert isinstance(predictions, np.ndarray) and predictions.shape == (2, 5)
+
+
+def batches(trainer, epoch=0):
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+def test_an_epoch_is_the_same_with_any_number_of_workers(make_trainer):
+    alone, helped = (batches(make_trainer(dataloader_num_workers=workers)) for workers in (0, 2))
+    again = batches(make_trainer(), epoch=1)
+    assert len(alone) == len(helped) == 4
+    for one, other, later in zip(alone, helped, again):
+        for name in ("input_values", "labels"):
+            assert torch.equal(one[name], other[name])
+        assert one["input_values"].shape != later["input_values"].shape or not torch.equal(
+            one["input_values"], later["input_values"]
+        )
+
+
+def test_batches_of_an_epoch_are_augmented_differently(make_trainer):
+    trainer = make_trainer(augmentation={**OFF, "time_roll": 1.0})
+    trainer.train_dataset = [noise(1)] * 4
+    first, second = (batch["input_values"] for batch in batches(trainer))
+    assert not torch.equal(first, second)
+
+
+def test_augmentation_leaves_the_model_its_random_numbers(make_trainer):
+    collate = make_trainer().data_collator
+    state = torch.get_rng_state()
+    collate([{**noise(seed), "seed": 5} for seed in range(2)])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sampling_weights(make_trainer):
+    weights = torch.tensor([1.0, 0, 0, 3.0, 0, 0, 0, 0])
+    trainer = make_trainer(augmentation=OFF, sampling_weights=weights, num_train_epochs=3)
+    labels = [label for epoch in range(6) for batch in batches(trainer, epoch) for label in batch["labels"].tolist()]
+    assert len(labels) == 48 and set(labels) == {0, 3}
+    assert 24 < labels.count(3) < 46  # 36 are expected, with a standard deviation of 3
+    with pytest.raises(ValueError, match="contradict train_sampling_strategy='sequential'"):
+        make_trainer(sampling_weights=weights, train_sampling_strategy="sequential")
+
+
+def test_other_sampling_strategies_are_those_of_transformers(make_trainer):
+    trainer = make_trainer(augmentation=OFF, train_sampling_strategy="sequential")
+    labels = [label for batch in trainer.get_train_dataloader() for label in batch["labels"].tolist()]
+    assert labels == [seed % 5 for seed in range(8)]
+
+
+class Interrupt(TrainerCallback):
+    """Stops a training as a signal would, in the middle of its second epoch and after a checkpoint."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"gradient_accumulation_steps": 2, "save_steps": 3, "max_steps": 6}, {"dataloader_num_workers": 1}],
+    ids=["plain", "accumulation", "workers"],
+)
+def test_resumption_in_mid_epoch_reaches_the_same_weights(make_trainer, tmp_path, arguments):
+    """Dropout of whole branches, mixup, masks and the order of the clips go on as if nothing had happened."""
+    arguments = {
+        "max_steps": 10,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "sampling_weights": torch.arange(1.0, 9.0),
+        "config": {"drop_path_rate": 0.3, "depths": (1, 1, 1)},
+        **arguments,
+    }
+    whole = make_trainer(**arguments)
+    whole.train()
+    checkpoint = tmp_path / f"checkpoint-{arguments['save_steps']}"
+    torch.manual_seed(99)
+    resumed = make_trainer(**arguments)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    before = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_an_interrupted_training_goes_on(make_trainer, tmp_path):
+    arguments = {"max_steps": 10, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3}
+    broken = make_trainer(**arguments)
+    broken.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert (tmp_path / "checkpoint-6").is_dir()
+    resumed = make_trainer(**arguments)
+    resumed.train(resume_from_checkpoint=True)
+    whole = make_trainer(**{**arguments, "output_dir": tmp_path / "whole"})
+    whole.train()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer):
+    """Without augmentation, the same losses in training and evaluation."""
+    arguments = {"augmentation": OFF, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1}
+    arguments["config"] = {"drop_path_rate": 0.0}
+    waveforms = make_trainer(do_mrmf=False, spec_augment=SpecAugment(64, 0, 0), **arguments)
+    features = make_trainer(**arguments)
+    losses = []
+    for trainer in (waveforms, features):
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+    assert next(iter(waveforms.get_train_dataloader()))["input_values"].ndim == 2
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
+    masks = {"time_mask": 20, "freq_mask": 8}
+    trainer = make_trainer(augmentation=OFF, do_mrmf=False, spec_augment=SpecAugment(64, **masks))
+    waveforms = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    torch.manual_seed(5)
+    masked = trainer._with_masked_features(trainer.model, waveforms)
+    features, mask = trainer.model.cat.features(waveforms["input_values"], waveforms["attention_mask"])
+    torch.manual_seed(5)
+    expected = SpecAugment(64, **masks)(features, mask)
+    assert torch.equal(masked["input_values"], expected) and torch.equal(masked["attention_mask"], mask)
+    assert not torch.equal(expected, features)
+    assert waveforms["input_values"].ndim == 2  # the batch is left as it was
+
+    seen = []
+    trainer.model.cat.feature_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    torch.manual_seed(5)
+    trainer.compute_loss(trainer.model, waveforms)
+    assert torch.equal(seen[0], expected)
+    trainer.compute_loss(trainer.model.eval(), waveforms)
+    torch.testing.assert_close(seen[1], features)
