@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -226,15 +227,221 @@ def test_several_labels_and_validation(script, folder, tmp_path):
     assert {Path(row["path"]).name[-5] for row in read_predictions(tmp_path)} == {"0", "3"}
 
 
-@pytest.mark.slow
-def test_two_processes(folder, tmp_path):
-    """Under torchrun the script trains in two processes and reports every test clip once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
-    command += arguments(folder, tmp_path, "--do_train", "--do_eval", "--per_device_train_batch_size", "2")
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def assert_same_weights(one, other):
+    expected, got = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def launch(processes, command):
+    """The script in processes of its own; returns when all have ended."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), *command], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(read_predictions(tmp_path)) == 6
-    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 6
+
+
+class TestInterruption:
+    """Every draw, mask and mixture of a training that was killed is that of one that was not."""
+
+    FLAGS = "--do_train --do_eval --num_train_epochs 3 --save_strategy steps --save_steps 2 --average_last_epochs 2"
+
+    def test_a_broken_checkpoint_is_passed_over(self, script, folder, tmp_path):
+        for step in (2, 4):
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+        _, _, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train"))
+        assert script.checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
+        (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+        assert script.checkpoint_to_resume(args) is None
+
+    def test_a_finished_training_keeps_its_results(self, script, folder, tmp_path):
+        command = arguments(folder, tmp_path, *self.FLAGS.split())
+        metrics = script.main(command)
+        written = {name: (tmp_path / name).read_text() for name in ("train_results.json", "results.json")}
+        weights = load_file(tmp_path / "model.safetensors")
+        again = script.main(command)
+        assert again["train_loss"] == metrics["train_loss"] > 0
+        assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+        assert (tmp_path / "train_results.json").read_text() == written["train_results.json"]
+        assert json.loads((tmp_path / "all_results.json").read_text())["train_loss"] == metrics["train_loss"]
+        assert json.loads((tmp_path / "results.json").read_text())["metrics"]["train_loss"] == metrics["train_loss"]
+        for name, value in load_file(tmp_path / "model.safetensors").items():
+            torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+    def test_after_a_kill_in_mid_epoch_the_weights_are_the_same(self, script, folder, tmp_path):
+        """SIGKILL in the second epoch, one step after a checkpoint; the mean of the last epochs is the same, too."""
+        command = [*arguments(folder, tmp_path / "killed", *self.FLAGS.split())]
+        # A process that ends itself at the start of the sixth step, as if from outside.
+        program = f"""
+import os, runpy, signal, sys
+from transformers import Trainer
+step = Trainer.training_step
+def kill_at_the_sixth(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+Trainer.training_step = kill_at_the_sixth
+sys.argv = {["script", *command]!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        folders = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
+        assert folders == {"checkpoint-2", "checkpoint-4"}
+        resumed = script.main(command)
+        whole = script.main(arguments(folder, tmp_path / "whole", *self.FLAGS.split()))
+        assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
+        assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_mean_of_the_last_epochs(script, folder, tmp_path):
+    flags = "--do_train --do_eval --num_train_epochs 3 --average_last_epochs 2 --learning_rate 1e-2"
+    metrics = script.main(arguments(folder, tmp_path, *flags.split()))
+    saved = load_file(tmp_path / "model.safetensors")
+    second, third = (load_file(tmp_path / "epoch_weights" / f"{epoch}.safetensors") for epoch in (2, 3))
+    torch.testing.assert_close(
+        saved["classifier.weight"], (second["classifier.weight"] + third["classifier.weight"]) / 2
+    )
+    assert not torch.equal(second["classifier.weight"], third["classifier.weight"])
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    watched = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert metrics["last_epoch_loss"] == pytest.approx(watched[-1], abs=1e-6)
+    assert metrics["eval_loss"] != pytest.approx(metrics["last_epoch_loss"], abs=1e-4)
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["last_epoch_accuracy"] >= 0
+
+
+def test_averaging_chooses_no_epoch(script, folder, tmp_path):
+    flags = ["--do_train", "--validation_folds", "2", "--average_last_epochs", "2"]
+    model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, *flags))
+    clips = script.load_clips(data_args, model_args, args)
+    assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is False
+    with pytest.raises(ValueError, match="name two final models"):
+        script.parse_arguments(arguments(folder, tmp_path, *flags, "--load_best_model_at_end"))
+
+
+@pytest.fixture(scope="module")
+def audioset(tmp_path_factory):
+    """The tones in AudioSet's layout: four labels, one of which all clips have; a clip that is missing."""
+    root = tmp_path_factory.mktemp("audioset")
+    mids = {name: f"/m/{name}" for name in (*TONES, "tone")}
+    index = ["index,mid,display_name", *(f'{i},{mid},"{name}, a tone"' for i, (name, mid) in enumerate(mids.items()))]
+    (root / "class_labels_indices.csv").write_text("\n".join(index))
+    generator = np.random.default_rng(0)
+    for split, count in (("balanced_train", 2), ("unbalanced_train", 3), ("eval", 2)):
+        rows = ["# Segments csv", "# YTID, start_seconds, end_seconds, positive_labels"]
+        for name, frequency in TONES.items():
+            for i in range(count):
+                video = f"{split[:5]}{name[:3]}{i:03}"
+                rows.append(f'{video}, 30.000, 40.000, "{mids[name]}{"" if i % 2 else ",/m/tone"}"')
+                time = np.arange(RATE // 5) / RATE
+                tone = 0.3 * np.sin(2 * np.pi * frequency * time + i) + generator.normal(0, 0.01, len(time))
+                soundfile.write(root / f"Y{video}.wav", tone, RATE)
+        (root / f"{split}_segments.csv").write_text("\n".join(rows))
+    (root / "Yunballow001.wav").unlink()
+    return root
+
+
+def test_audioset(script, folder, audioset, tmp_path):
+    flags = "--do_train --do_eval --on_bad_audio skip --balanced_sampling --features_on_device"
+    command = arguments(folder, tmp_path, "--data", str(audioset), *flags.split())
+    at = command.index("--test_folds")
+    del command[at : at + 2]
+    with pytest.raises(FileNotFoundError, match="1 of 9 listed files do not exist: unballow001"):
+        script.main([*command, "--on_bad_audio", "error"])
+    metrics = script.main(command)
+    assert {"eval_mAP", "eval_AUC", "eval_d_prime"} <= metrics.keys()
+    assert metrics["eval_clips"] == 6 and metrics["eval_mAP_classes"] == 4
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["clips"] == {"train": 14, "test": 6} and results["skipped"] == ["unballow001"]
+    assert results["labels"] == [f"{name}, a tone" for name in (*TONES, "tone")]
+    # What is saved takes audio of any kind: its extractor makes spectrograms.
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["do_mrmf"] is True
+
+    command = [*command, "--train_split_name", "balanced_train", "--output_dir", str(tmp_path / "20k")]
+    script.main(command)
+    assert json.loads((tmp_path / "20k" / "results.json").read_text())["clips"]["train"] == 6
+
+
+def test_urbansound8k_has_its_own_folds(script, data_dir, tmp_path):
+    flags = ["--data", str(data_dir / "urbansound8k"), "--do_train", "--do_eval", "--output_dir", str(tmp_path)]
+    model_args, data_args, args = script.parse_arguments([*flags, "--check_audio", "false"])
+    with pytest.raises(ValueError, match=r"come with the folds \[1, 2\]. Give --test_folds"):
+        script.load_clips(data_args, model_args, args)
+
+
+TWO_PROCESSES = "--do_train --do_eval --num_train_epochs 3 --learning_rate 3e-3 --per_device_eval_batch_size 2"
+
+
+@pytest.fixture(scope="module")
+def configuration(tmp_path_factory):
+    """Two processes drop the same branches, one process drops others: without, both can be compared."""
+    path = tmp_path_factory.mktemp("configuration")
+    (path / "config.json").write_text(json.dumps({**CONFIG, "drop_path_rate": 0.0}))
+    return path
+
+
+def two_processes(folder, configuration, output, *more):
+    """Five test clips in batches of two: the last batches of the two processes are uneven."""
+    flags = [*TWO_PROCESSES.split(), "--config_name", str(configuration), "--max_eval_samples", "5"]
+    return arguments(folder, output, *flags, "--per_device_train_batch_size", "2", *more)
+
+
+@pytest.fixture(scope="module")
+def run_of_two(folder, configuration, tmp_path_factory):
+    output = tmp_path_factory.mktemp("two")
+    launch(2, two_processes(folder, configuration, output))
+    return output
+
+
+class TestTwoProcesses:
+    """torchrun starts two; each takes every other batch."""
+
+    def test_each_clip_counts_once(self, run_of_two):
+        assert len({row["path"] for row in read_predictions(run_of_two)}) == len(read_predictions(run_of_two)) == 5
+        assert json.loads((run_of_two / "eval_results.json").read_text())["eval_clips"] == 5
+
+    def test_the_same_as_one_process_on_the_same_batches(self, script, run_of_two, folder, configuration, tmp_path):
+        """One process that accumulates two batches sees in a step what two processes see."""
+        script.main(two_processes(folder, configuration, tmp_path, "--gradient_accumulation_steps", "2"))
+        states = [json.loads((output / "trainer_state.json").read_text()) for output in (run_of_two, tmp_path)]
+        assert states[0]["global_step"] == states[1]["global_step"] == 9
+        losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        two, one = (load_file(output / "model.safetensors") for output in (run_of_two, tmp_path))
+        for name in one:
+            if "feature_norm" not in name:  # its running average moves twice as often in one process
+                torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4, msg=name)
+        metrics = [json.loads((output / "eval_results.json").read_text()) for output in (run_of_two, tmp_path)]
+        assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], abs=0.05)
+
+    def test_metrics_are_those_of_one_process(self, script, run_of_two, folder, tmp_path):
+        """Also for the clips that the second process evaluated, and although the last batch is filled up."""
+        command = two_processes(
+            folder, run_of_two, tmp_path, "--model_name_or_path", str(run_of_two), "--do_train", "false"
+        )
+        at = command.index("--config_name")
+        del command[at : at + 2]
+        script.main(command)
+        two, one = (json.loads((output / "eval_results.json").read_text()) for output in (run_of_two, tmp_path))
+        for name in ("eval_loss", "eval_accuracy", "eval_clips"):
+            assert two[name] == pytest.approx(one[name], abs=1e-5), name
+        for pair in zip(read_predictions(run_of_two), read_predictions(tmp_path), strict=True):
+            assert pair[0]["path"] == pair[1]["path"]
+            assert float(pair[0]["probability"]) == pytest.approx(float(pair[1]["probability"]), abs=1e-5)
+
+    @pytest.mark.slow
+    def test_resumption_in_mid_epoch(self, folder, configuration, tmp_path):
+        flags = "--save_strategy steps --save_steps 5 --save_total_limit 9 --balanced_sampling"
+        launch(2, two_processes(folder, configuration, tmp_path / "whole", *flags.split()))
+        shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
+        launch(2, two_processes(folder, configuration, tmp_path / "resumed", *flags.split()))
+        assert_same_weights(tmp_path / "whole", tmp_path / "resumed")
 
 
 class TestArguments:
