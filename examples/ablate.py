@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 import transformers_cat  # noqa: F401  registers the configuration with transformers
 from transformers_cat.training.protocol import markdown_table, per_cent
-from transformers_cat.training.report import plot_bars, write_rows
+from transformers_cat.training.report import plot_means, write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
 ONE_SPECTROGRAM = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320]}  # 25 ms and 10 ms at 32 kHz
@@ -112,8 +112,8 @@ def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
         for column, summary in own.items()
     ]
     write_rows(output_dir / "table.csv", ["row", "column", "mean", "deviation", "deviation_of"], rows)
-    bars = {row: {c: (own[c]["mean"], own[c]["deviation"]) for c in columns} for row, own in results.items()}
-    plot_bars(bars, output_dir / "table.png", label)
+    means = {row: {c: (own[c]["mean"], own[c]["deviation"]) for c in columns} for row, own in results.items()}
+    plot_means(means, output_dir / "table.png", label)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:

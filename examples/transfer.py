@@ -20,7 +20,7 @@ from pathlib import Path
 import cross_validate
 import run_audio_classification as run
 from accelerate import PartialState
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from transformers_cat.training import load_audio_dataset
 from transformers_cat.training.probe import embed, linear_probe
@@ -50,6 +50,12 @@ def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: 
         if getattr(args, name):
             own += [f"--{name}", getattr(args, name)]
     run.main([*flags, *own, "--do_train", "--eval_strategy", "no"])
+
+
+def objective(args: argparse.Namespace) -> str:
+    """The loss weights of the source's training: a saved model no longer has that of the reconstruction loss."""
+    config = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides or "{}"))
+    return json.dumps({name: getattr(config, name) for name in ("causal_loss_weight", "reconstruction_loss_weight")})
 
 
 def probe(source: Path, data: str, path: Path) -> dict[int, float]:
@@ -98,6 +104,7 @@ def main(argv: list[str] | None = None) -> dict:
         with state.main_process_first():
             probed[seed] = probe(source, args.data, folder / "probe.json")
         own = ["--data", args.data, "--model_name_or_path", str(source), "--ignore_mismatched_sizes"]
+        own += ["--config_overrides", objective(args)]
         own += ["--seeds", str(seed), "--output_dir", str(folder / "fine_tuned")]
         fine_tuned[seed] = cross_validate.main([*flags, *own])["seeds"][seed]["folds"]
 

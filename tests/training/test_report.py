@@ -1,7 +1,9 @@
 """Figures and versions: what stands in them, read back from matplotlib's objects."""
 
+import csv
 import json
 import platform
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +11,19 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from transformers_cat.training.report import environment, plot_confusion_matrix, plot_learning_curves
+from transformers_cat.training import Scores, read_csv
+from transformers_cat.training.metrics import PROBLEM_TYPES
+from transformers_cat.training.report import (
+    data_fingerprint,
+    environment,
+    git_state,
+    per_class_scores,
+    plot_confusion_matrix,
+    plot_learning_curves,
+    plot_means,
+    write_history,
+    write_predictions,
+)
 
 HISTORY = [
     {"epoch": 1.0, "loss": 2.0, "learning_rate": 1e-3},
@@ -73,3 +87,80 @@ def test_environment():
     assert torch.__version__.startswith(versions["torch"])
     assert "transformers" in versions
     json.dumps(versions)
+
+
+SCORES = Scores(
+    paths=["a.wav", "b.wav", "c.wav"],
+    names=["dog", "cat", "emu"],
+    values=np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1]]),
+    labels=[["dog"], ["cat"], ["cat"]],
+)
+
+
+def test_scores_of_each_class():
+    dog, cat, emu = per_class_scores(SCORES, PROBLEM_TYPES[0])
+    assert dog == {"class": "dog", "clips": 1, "accuracy": 1.0, "average_precision": 1.0, "AUC": 1.0}
+    assert cat == {"class": "cat", "clips": 2, "accuracy": 0.5, "average_precision": 1.0, "AUC": 1.0}
+    assert emu == {"class": "emu", "clips": 0, "accuracy": None, "average_precision": None, "AUC": None}
+    assert "accuracy" not in per_class_scores(SCORES, PROBLEM_TYPES[1])[0]
+
+
+def test_predictions(tmp_path):
+    write_predictions(SCORES, PROBLEM_TYPES[0], tmp_path)
+    matrix = list(csv.reader((tmp_path / "confusion_matrix.csv").open(newline="")))
+    assert matrix == [
+        ["class", "dog", "cat", "emu"],
+        ["dog", "1", "0", "0"],
+        ["cat", "1", "1", "0"],
+        ["emu", "0", "0", "0"],
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "predictions.csv",
+        "per_class.csv",
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
+    }
+
+
+def test_history_has_a_row_for_each_epoch(tmp_path):
+    rows = list(csv.DictReader(write_history(HISTORY, tmp_path / "history.csv").open(newline="")))
+    assert [(row["epoch"], row["loss"], row["eval_accuracy"]) for row in rows] == [
+        ("1.0", "2.0", "0.4"),
+        ("2.0", "1.0", "0.7"),
+    ]
+
+
+def test_fingerprint_is_of_the_data_alone(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            (tmp_path / folder / f"{name}.wav").write_bytes(name.encode() * 9)
+        (tmp_path / folder / "clips.csv").write_text("audio,label\na.wav,x\nb.wav,y\n")
+    one, two = (read_csv(tmp_path / folder / "clips.csv") for folder in ("one", "two"))
+    assert data_fingerprint(one) == data_fingerprint(two) == data_fingerprint(one.select([1, 0]))
+    assert data_fingerprint(one) != data_fingerprint(one.select([0]))
+    (tmp_path / "two" / "b.wav").write_bytes(b"longer than before")
+    assert data_fingerprint(one) != data_fingerprint(two)
+
+
+def test_git_state(tmp_path):
+    file = tmp_path / "code.py"
+    file.write_text("")
+    assert git_state(file) is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "code.py"], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    state = git_state(file)
+    assert len(state["commit"]) == 40 and state["dirty"] is False
+    file.write_text("changed")
+    assert git_state(file) == {**state, "dirty": True}
+    (tmp_path / "untracked.py").write_text("")
+    assert git_state(tmp_path / "untracked.py") is None  # as a package installed into a checkout's environment
+
+
+def test_means_are_where_their_values_are(tmp_path, figures):
+    values = {"plain": {"AST": (0.5, 0.1), "CAT": (0.6, None)}, "all": {"AST": (0.7, 0.1), "CAT": (0.8, 0.1)}}
+    plot_means(values, tmp_path / "means.png", "accuracy, %")
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["50.0", "70.0", "60.0", "80.0"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["plain", "all"]

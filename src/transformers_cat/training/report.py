@@ -106,13 +106,11 @@ def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str |
     return Path(path)
 
 
-def plot_bars(values: dict[str, dict[str, tuple[float, float | None]]], path: str | Path, label: str) -> Path:
-    """Plot groups of bars with their values above and deviations as whiskers, and save the figure.
-
-    The axis starts where differences can be seen, not at zero; so the bars' lengths do not compare, their ends do.
+def plot_means(values: dict[str, dict[str, tuple[float, float | None]]], path: str | Path, label: str) -> Path:
+    """Plot groups of means as points, with their values beside them and deviations as whiskers, and save the figure.
 
     Args:
-        values: group -> bar -> mean and deviation (None: no whisker), both shares of 1.
+        values: group -> series -> mean and deviation (None: no whisker), both shares of 1; shown in per cent.
         path: file to write; its suffix gives the format.
         label: of the axis.
 
@@ -120,20 +118,19 @@ def plot_bars(values: dict[str, dict[str, tuple[float, float | None]]], path: st
         The path.
     """
     groups, names = list(values), list(next(iter(values.values())))
-    means = 100 * np.array([[values[group][name][0] for name in names] for group in groups])
-    deviations = 100 * np.array([[values[group][name][1] or 0 for name in names] for group in groups])
-    figure = _figure(2 + 0.9 * means.size + 0.5 * len(groups), 4)
+    figure = _figure(2 + 1.2 * len(groups) * len(names) ** 0.5, 4)
     axes = figure.subplots()
-    width = 0.8 / len(names)
     for i, name in enumerate(names):
-        centres = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width
-        bars = axes.bar(centres, means[:, i], 0.9 * width, yerr=deviations[:, i], capsize=3, label=name)
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-    low, high = (means - deviations).min(), (means + deviations).max()
-    margin = max(0.3 * (high - low), 1)
-    axes.set_ylim(max(low - margin, 0), high + margin)
+        centres = np.arange(len(groups)) + 0.6 * ((i + 0.5) / len(names) - 0.5)
+        means = [100 * values[group][name][0] for group in groups]
+        deviations = [100 * (values[group][name][1] or 0) for group in groups]
+        axes.errorbar(centres, means, deviations, fmt="o", capsize=3, label=name)
+        for centre, mean in zip(centres, means):
+            axes.annotate(f"{mean:.1f}", (centre, mean), xytext=(6, 0), textcoords="offset points", va="center")
     axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(label)
+    axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
     return Path(path)

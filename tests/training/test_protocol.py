@@ -1,0 +1,50 @@
+"""Means over folds and seeds, what is comparable, and the linear probe."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from transformers_cat.training.probe import linear_probe
+from transformers_cat.training.protocol import comparability, refuse_reshuffled_folds, summarise
+
+
+def test_deviation_is_between_seeds_or_else_folds():
+    one = summarise({0: {1: 0.5, 2: 0.7}})
+    assert one["mean"] == pytest.approx(0.6) and one["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert one["deviation_of"] == "folds"
+    two = summarise({0: {1: 0.5, 2: 0.7}, 1: {1: 0.8, 2: 0.8}})
+    assert two["mean"] == pytest.approx(0.7) and two["deviation"] == pytest.approx(0.2 / 2**0.5)
+    assert two["deviation_of"] == "seeds"
+    assert two["seeds"][0] == one["seeds"][0]
+    assert summarise({0: {None: 0.5}})["deviation"] is None
+
+
+def test_comparability_is_said(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "UrbanSound8K.csv").touch()
+    folds = range(1, 11)
+    assert "2 of 10 folds and 10 of 10 classes of UrbanSound8K: not comparable" in comparability(
+        tmp_path, [1, 2], [1, 2], 10
+    )
+    assert "the whole benchmark" in comparability(tmp_path, folds, folds, 10)
+    assert "not comparable" in comparability(tmp_path, folds, folds, 9)
+    assert comparability("clips.csv", [1], [1, 2, 3], 4) == "1 of 3 given folds."
+
+
+def test_folds_of_urbansound8k_are_not_reshuffled():
+    paths = ["audio/fold1/7-0-0-0.wav", "audio/fold2/8-0-0-0.wav"]
+    refuse_reshuffled_folds(Dataset.from_dict({"audio": paths, "fold": [1, 2]}))
+    refuse_reshuffled_folds(Dataset.from_dict({"audio": ["dogs/a.wav", "folders/b.wav"], "fold": [1, 2]}))
+    with pytest.raises(ValueError, match="7-0-0-0.wav was given in fold1 and is now in fold 2"):
+        refuse_reshuffled_folds(Dataset.from_dict({"audio": paths, "fold": [2, 1]}))
+
+
+def test_probe_is_fitted_to_the_other_folds():
+    generator = np.random.default_rng(0)
+    labels = np.tile([0, 1], 30)
+    folds = np.repeat([1, 2, 3], 20)
+    latents = generator.normal(size=(60, 4)) * 0.1
+    latents[:, 0] += labels
+    assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0, 3: 1.0}
+    labels[folds == 3] = 1 - labels[folds == 3]  # only fold 3 contradicts the others
+    assert linear_probe(latents[folds != 2], labels[folds != 2], folds[folds != 2]) == {1: 0.0, 3: 0.0}

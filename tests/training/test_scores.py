@@ -1,0 +1,122 @@
+"""Score files and ensembles: what is written is read, and only what belongs together is averaged."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from transformers_cat.training import Scores, align_scores, average_scores, read_scores, write_scores
+from transformers_cat.training.metrics import PROBLEM_TYPES
+from transformers_cat.training.scores import concatenate_scores
+
+SINGLE, MULTI = PROBLEM_TYPES
+ONE = Scores(
+    paths=["x/a.wav", "x/b.wav", "x/c.wav"],
+    names=["dog, small", "label", "emu"],  # a comma, and the name of a column
+    values=np.array([[0.75, 0.125, 0.125], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25]]),
+    labels=[["dog, small"], ["label"], ["emu"]],
+    folds=[1, 1, 2],
+)
+# The same clips elsewhere, in another order of clips and classes, of which nothing else is known.
+TWO = Scores(
+    paths=["y/c.wav", "y/a.wav", "y/b.wav"],
+    names=["emu", "dog, small", "label"],
+    values=np.array([[1, 0, 0], [0, 0.5, 0.5], [0, 0, 1]]),
+)
+
+
+@pytest.mark.parametrize("scores", [ONE, TWO, replace(ONE, labels=[["emu", "label"], [], ["emu"]], folds=None)])
+def test_what_is_written_is_read(scores, tmp_path):
+    again = read_scores(write_scores(scores, tmp_path / "scores.csv"))
+    assert (again.paths, again.names, again.labels, again.folds) == (
+        scores.paths,
+        scores.names,
+        scores.labels,
+        scores.folds,
+    )
+    np.testing.assert_array_equal(again.values, scores.values)
+
+
+def test_small_probabilities_keep_their_order(tmp_path):
+    values = np.array([[1e-9, 2e-9], [1e-12, 0.9999999]])
+    again = read_scores(write_scores(Scores(["a", "b"], ["x", "y"], values), tmp_path / "scores.csv"))
+    np.testing.assert_allclose(again.values, values, rtol=1e-6)
+
+
+def test_average_matches_clips_and_classes_by_name():
+    average = average_scores(align_scores({"two": TWO, "one": ONE}))
+    assert (average.paths, average.names) == (TWO.paths, TWO.names)
+    np.testing.assert_allclose(average.values, [[0.625, 0.5 / 2, 0.125], [0.0625, 0.625, 0.3125], [0.125, 0.125, 0.75]])
+    assert average.labels == [["emu"], ["dog, small"], ["label"]] and average.folds == [2, 1, 1]
+    assert average.metrics(SINGLE) == {"accuracy": 1.0, "clips": 3}
+    assert ONE.metrics(SINGLE)["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_an_ensemble_of_one_model_is_the_model():
+    average = average_scores(align_scores({"one": ONE, "again": ONE}))
+    np.testing.assert_array_equal(average.values, ONE.values)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            replace(ONE, names=["dog, small", "label", "gnu"]),
+            "classes of other, .* differ: 1 lacking: emu; 1 more: gnu",
+        ),
+        (ONE.select([0, 1]), r"clips of other, .* differ: 1 lacking: c\.wav"),
+        (replace(ONE, labels=[["emu"], ["label"], ["emu"]]), r"other labels: x/a\.wav \(dog, small or emu\)"),
+    ],
+)
+def test_what_differs_is_listed(other, message):
+    with pytest.raises(ValueError, match=message):
+        align_scores({"one": ONE, "other": other})
+
+
+def test_equal_file_names_are_told_apart_by_their_folders():
+    scores = Scores(["dog/1.wav", "cat/1.wav"], ["x"], np.array([[0.0], [1.0]]))
+    average = average_scores(align_scores({"one": scores, "two": scores.select([1, 0])}))
+    np.testing.assert_array_equal(average.values, scores.values)
+
+
+def test_several_labels():
+    scores = replace(ONE, labels=[["dog, small", "emu"], ["label"], []])
+    assert scores.problem_type == MULTI and ONE.problem_type == SINGLE
+    assert scores.metrics(MULTI)["mAP_classes"] == 3
+    with pytest.raises(ValueError, match="one label each, but not so: x/a.wav, x/c.wav"):
+        scores.metrics(SINGLE)
+
+
+def test_unknown_labels():
+    with pytest.raises(ValueError, match="no class of the scores: gnu"):
+        replace(ONE, labels=[["gnu"]] * 3).targets()
+    with pytest.raises(ValueError, match="labels are not known"):
+        TWO.metrics(SINGLE)
+
+
+def test_folds_come_apart_and_together():
+    parts = ONE.by_fold()
+    assert [part.paths for part in parts.values()] == [["x/a.wav", "x/b.wav"], ["x/c.wav"]]
+    again = concatenate_scores(list(parts.values()))
+    assert again.paths == ONE.paths and again.labels == ONE.labels
+    np.testing.assert_array_equal(again.values, ONE.values)
+    assert TWO.by_fold() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip,dog\na,1\n", "no score file"),
+        ("path,label\na,dog\n", "no score file"),
+        ("path,dog\na,1\na,0\n", "clips more than once: a"),
+        ("path,dog,dog\na,1,1\n", "classes more than once: dog"),
+        ("path,dog\na,high\n", "not a number"),
+        ("path,dog\na,1\nb,-2.5\n", "row 3 has a score outside of"),
+        ("path,dog\na,nan\n", "row 2 has a score outside of"),
+        ("path,dog\na,1,1\n", "row 2 has 3 cells, not the 2"),
+    ],
+)
+def test_bad_files(text, message, tmp_path):
+    (tmp_path / "scores.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_scores(tmp_path / "scores.csv")
