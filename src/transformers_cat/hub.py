@@ -89,13 +89,13 @@ def push_to_hub(
         TypeError: The model is none of this package.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses: no valid token, no permission.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
-        card = model_card(model, name=repo_id)
-    with tempfile.TemporaryDirectory() as folder, include_code(model, feature_extractor):
+    with include_code(model, feature_extractor), tempfile.TemporaryDirectory() as folder:
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
+            card = model_card(model, name=repo_id)
         model.save_pretrained(folder)
         feature_extractor.save_pretrained(folder)
         if card is not None:

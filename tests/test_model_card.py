@@ -1,0 +1,187 @@
+"""Model cards say what was measured, in a form that the Hub reads back."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from transformers_cat import CATForAudioClassification, model_card
+from transformers_cat.cards import DATASETS, known_dataset
+
+from .conftest import small_config
+
+RUN = {
+    "metrics": {"train_loss": 1.4, "eval_loss": 0.7, "eval_accuracy": 0.775, "eval_clips": 80},
+    "clips": {"train": 320, "test": 80},
+    "skipped": [],
+    "config": {
+        "causal_loss_weight": 0.5,
+        "causal_estimator": "closed_form",
+        "reconstruction_loss_weight": 0.25,
+    },
+    "arguments": {
+        "model": {"model_name_or_path": None, "config_name": "model_cards/cat-nano"},
+        "data": {"data": "/home/somebody/esc10", "dataset_name": None, "test_folds": [1], "mixup_probability": 0.5},
+        "training": {"seed": 3, "learning_rate": 0.001, "do_train": True, "load_best_model_at_end": False},
+    },
+    "environment": {"torch": "2.14.1", "transformers": "5.23.0", "platform": "Linux of somebody"},
+}
+
+
+def run(**changes):
+    """The run above with other values: `clips={"train": 1}` updates, dots go deeper."""
+    changed = copy.deepcopy(RUN)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        owner = changed
+        for parent in parents:
+            owner = owner[parent]
+        owner[last] = value
+    return changed
+
+
+@pytest.fixture(scope="module")
+def model():
+    return CATForAudioClassification(small_config())
+
+
+def reload(card, tmp_path) -> ModelCard:
+    """The card as written and read again; a copy, so nothing of the original helps."""
+    card.save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def words(card) -> str:
+    """The text without its line breaks."""
+    return " ".join(card.text.split())
+
+
+def test_metadata_come_back(model, tmp_path):
+    card = reload(model_card(model, "someone/cat-esc10", [run()], "esc10"), tmp_path)
+    assert card.data.pipeline_tag == "audio-classification"
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "cc-by-3.0"
+    assert card.data.datasets == ["ashraq/esc50"]
+    assert card.data.metrics == ["accuracy"]
+    assert card.data.base_model is None
+    (result,) = card.data.eval_results
+    assert card.data.model_name == "cat-esc10"
+    assert (result.task_type, result.dataset_name, result.dataset_split) == ("audio-classification", "ESC-10", "fold 1")
+    assert (result.metric_type, result.metric_value, result.dataset_args) == ("accuracy", 0.775, {"clips": 80})
+
+
+def test_the_text_has_the_numbers_of_the_run(model):
+    text = words(model_card(model, "someone/cat-esc10", [run()], "esc10"))
+    assert "| 1 | fold 1 | 80 | 320 | 3 | 77.5% |" in text
+    assert "standard error of 4.7 points" in text  # sqrt(0.775 * 0.225 / 80)
+    assert "1 of the 5 was run, so this is not that figure" in text
+    assert "no epoch was chosen by its score" in text
+    assert "Trained from scratch on 320 clips of ESC-10" in text
+    assert "0.5 times the causal loss (closed_form) and 0.25 times the reconstruction loss" in text
+    assert "--learning_rate 0.001" in text and "--mixup_probability 0.5" in text
+    assert f"{model.num_parameters() / 1e6:.1f} million parameters" in text
+
+
+def test_nothing_of_the_machine_is_told(model):
+    text = str(model_card(model, "someone/cat-esc10", [run()]))
+    assert "somebody" not in text
+    assert "trained on esc10" in text  # without facts, the name of its folder
+
+
+def test_several_runs(model, tmp_path):
+    runs = [
+        run(metrics__eval_accuracy=score, arguments__data__test_folds=[i + 1]) for i, score in enumerate((0.7, 0.8))
+    ]
+    card = reload(model_card(model, "someone/cat-esc10", runs, "esc10"), tmp_path)
+    assert [result.metric_value for result in card.data.eval_results] == [0.7]  # of this checkpoint alone
+    text = words(card)
+    assert "| 1 (this checkpoint) | fold 1 |" in text and "| 2 | fold 2 |" in text
+    assert "mean ± standard error of 2 runs | | | | | 75.0% ± 5.0% |" in text
+    assert "2 of the 5 were run" in text
+    runs = [run(arguments__data__test_folds=[fold]) for fold in range(1, 6)]
+    assert "all 5 folds were run" in words(model_card(model, "x", runs, "esc10"))
+
+
+def test_multi_label(model, tmp_path):
+    scores = {"eval_mAP": 0.25, "eval_AUC": 0.9, "eval_d_prime": 1.81, "eval_clips": 17_000}
+    config = small_config(problem_type="multi_label_classification")
+    measured = run(metrics=scores, arguments__data__test_folds=None, clips={"train": 20_000, "test": 17_000})
+    card = reload(model_card(CATForAudioClassification(config), "x", [measured], "audioset"), tmp_path)
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "mAP": 0.25,
+        "AUC": 0.9,
+        "d_prime": 1.81,
+    }
+    text = words(card)
+    assert "| 1 | test | 17000 | 20000 | 3 | 0.250 | 0.900 | 1.81 |" in text
+    assert "This run used 37000 of its 2084320 clips" in text
+    assert text.count('function_to_apply="sigmoid"') == 2
+
+
+@pytest.mark.parametrize(
+    ("clips", "best", "expected"),
+    [
+        ({"train": 1, "validation": 1, "test": 1}, True, "Validation clips, which are not reported on, chose"),
+        ({"train": 1, "test": 1}, True, "so the figures are too good"),
+        ({"train": 1, "test": 1}, False, "The last epoch is reported"),
+    ],
+)
+def test_what_chose_the_epoch(model, clips, best, expected):
+    measured = run(clips=clips, arguments__training__load_best_model_at_end=best)
+    assert expected in words(model_card(model, "x", [measured]))
+
+
+def test_a_start_from_the_hub_is_a_base_model(model, tmp_path):
+    card = model_card(model, "x", [run(arguments__model__model_name_or_path="someone/cat-audioset")])
+    assert card.data.base_model == "someone/cat-audioset"
+    assert "from the checkpoint someone/cat-audioset" in words(card)
+    card = model_card(model, "x", [run(arguments__model__model_name_or_path=str(tmp_path))])
+    assert card.data.base_model is None
+    assert str(tmp_path.parent) not in str(card)
+
+
+@pytest.mark.parametrize("dataset", [None, *DATASETS])
+def test_without_results_nothing_is_claimed(model, tmp_path, dataset):
+    card = reload(model_card(model, "someone/cat", dataset=dataset), tmp_path)
+    assert card.data.eval_results is None
+    assert "No result is recorded for this checkpoint" in card.text
+    assert "recorded here" in card.text  # neither is the training
+    if dataset:
+        assert card.data.license == DATASETS[dataset].license
+        assert DATASETS[dataset].credit in words(card) and DATASETS[dataset].citation in card.text
+    else:
+        assert card.data.license is None and "not known to this card" in card.text
+
+
+def test_an_unknown_data_set_is_named(model):
+    with pytest.raises(
+        ValueError, match="No facts on a data set 'esc'; known are esc10, esc50, urbansound8k, audioset"
+    ):
+        model_card(model, "x", dataset="esc")
+
+
+def test_data_sets_are_known_by_layout_and_classes(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "esc50.csv").touch()
+    assert known_dataset(tmp_path, 10) is DATASETS["esc10"]
+    assert known_dataset(tmp_path, 50) is DATASETS["esc50"]
+    assert known_dataset(tmp_path, 7) is None
+    assert known_dataset("agkphysics/AudioSet", 527) is DATASETS["audioset"]
+
+
+def test_real_data_sets_are_known(data_dir):
+    assert known_dataset(data_dir / "esc10", 10) is DATASETS["esc10"]
+    assert known_dataset(data_dir / "urbansound8k", 10) is DATASETS["urbansound8k"]
+    assert known_dataset(data_dir / "fsdd", 10) is None
+
+
+def test_what_the_script_writes_is_enough(model):
+    """The card reads results.json, so its values are those of JSON."""
+    assert str(model_card(model, "x", [json.loads(json.dumps(run()))])) == str(model_card(model, "x", [run()]))
+
+
+def test_the_template_lies_with_the_models():
+    template = Path(__file__).parents[1] / "model_cards" / "template.md"
+    assert "{{ card_data }}" in template.read_text(encoding="utf-8")
