@@ -1,7 +1,6 @@
 """Model cards say what was measured, in a form that the Hub reads back."""
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,10 @@ RUN = {
     },
     "arguments": {
         "model": {"model_name_or_path": None, "config_name": "model_cards/cat-nano"},
-        "data": {"data": "/home/somebody/esc10", "dataset_name": None, "test_folds": [1], "mixup_probability": 0.5},
+        "data": {"data": "/home/jane/esc10", "dataset_name": None, "test_folds": [1], "mixup_probability": 0.5},
         "training": {"seed": 3, "learning_rate": 0.001, "do_train": True, "load_best_model_at_end": False},
     },
-    "environment": {"torch": "2.14.1", "transformers": "5.23.0", "platform": "Linux of somebody"},
+    "environment": {"torch": "2.14.1", "transformers": "5.23.0", "platform": "Linux of jane"},
 }
 
 
@@ -86,7 +85,7 @@ def test_the_text_has_the_numbers_of_the_run(model):
 
 def test_nothing_of_the_machine_is_told(model):
     text = str(model_card(model, "someone/cat-esc10", [run()]))
-    assert "somebody" not in text
+    assert "jane" not in text
     assert "trained on esc10" in text  # without facts, the name of its folder
 
 
@@ -175,11 +174,6 @@ def test_real_data_sets_are_known(data_dir):
     assert known_dataset(data_dir / "esc10", 10) is DATASETS["esc10"]
     assert known_dataset(data_dir / "urbansound8k", 10) is DATASETS["urbansound8k"]
     assert known_dataset(data_dir / "fsdd", 10) is None
-
-
-def test_what_the_script_writes_is_enough(model):
-    """The card reads results.json, so its values are those of JSON."""
-    assert str(model_card(model, "x", [json.loads(json.dumps(run()))])) == str(model_card(model, "x", [run()]))
 
 
 def test_the_template_lies_with_the_models():
