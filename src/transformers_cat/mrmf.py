@@ -65,7 +65,9 @@ def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_f
         # The cell's centre lies `offset` hops from the centre of the frame that spans it.
         offset = (phase + 0.5) / ratio - 0.5
         cells.append(here.lerp(before if offset < 0 else after, abs(offset)))
-    return torch.stack(cells, dim=2).flatten(1, 2)[:, :num_frames]
+    cells = torch.stack(cells, dim=2).flatten(1, 2)
+    # Padding by a negative number: a slice would have to know which of two symbolic lengths is smaller.
+    return nn.functional.pad(cells, (0, 0, 0, num_frames - cells.shape[1]))
 
 
 class MRMFSpectrogram(nn.Module):
