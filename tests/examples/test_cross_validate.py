@@ -1,0 +1,138 @@
+"""Cross-validation, transfer and the ablations, on short tones."""
+
+import csv
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from transformers_cat.training import read_scores
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RATE = 32_000
+CONFIG = {
+    "model_type": "causal-audio-transformer",
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "num_bins": 16,
+}
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a script of the examples."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("run_audio_classification", "cross_validate", "transfer", "ablate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A configuration, and tones of two classes in three folds."""
+    folder = tmp_path_factory.mktemp("tones")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    rows = []
+    for label, frequency in (("low", 300), ("high", 4800)):
+        for i in range(6):
+            tone = 0.3 * np.sin(2 * np.pi * frequency * np.arange(RATE // 5) / RATE + i)
+            soundfile.write(folder / f"{label}{i}.wav", tone, RATE)
+            rows.append((f"{label}{i}.wav", label, i % 3 + 1))
+    for name in ("clips", "others"):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("audio", "label", "fold"), *rows])
+    return folder
+
+
+def flags(folder, output, *more):
+    run = f"--data {folder}/clips.csv --config_name {folder} --output_dir {output} --num_train_epochs 1 --freq_mask 4"
+    size = "--per_device_train_batch_size 4 --dataloader_num_workers 0 --use_cpu --disable_tqdm true --report_to none"
+    return [*run.split(), *size.split(), *more]
+
+
+def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
+    script = example("cross_validate")
+    summary = script.main(flags(folder, tmp_path, "--folds", "1", "2"))
+    assert {(run["seed"], run["fold"]) for run in summary["runs"]} == {(0, 1), (0, 2)}
+    scores = [run["metrics"]["eval_accuracy"] for run in summary["runs"]]
+    assert summary["mean"] == pytest.approx(np.mean(scores)) and summary["deviation_of"] == "folds"
+    assert summary["note"] == "2 of 3 given folds."
+    together = read_scores(tmp_path / "seed0" / "predictions.csv")
+    assert together.folds == [1] * 4 + [2] * 4
+    assert {Path(p).stem[-1] for p, fold in zip(together.paths, together.folds) if fold == 1} == {"0", "3"}
+
+    # What is finished is kept; what is missing, and only that, is run.
+    started, main = [], script.run.main
+    monkeypatch.setattr(script.run, "main", lambda argv: started.append(argv) or main(argv))
+    (tmp_path / "seed0" / "fold2" / "results.json").unlink()
+    again = script.main(flags(folder, tmp_path, "--folds", "1", "2"))
+    assert [argv[argv.index("--test_folds") + 1] for argv in started] == ["2"]
+    assert again["mean"] == pytest.approx(summary["mean"])
+    with pytest.raises(ValueError, match="holds runs with other flags"):
+        script.main(flags(folder, tmp_path, "--folds", "1", "--learning_rate", "1"))
+    assert len(started) == 1
+
+
+def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
+    script = example("cross_validate")
+    script.main(flags(folder, tmp_path, "--folds", "3", "--choose_epoch"))
+    results = json.loads((tmp_path / "seed0" / "fold3" / "results.json").read_text())
+    assert results["arguments"]["data"]["test_folds"] == [3]
+    assert results["arguments"]["data"]["validation_folds"] == [1]
+    assert results["arguments"]["training"]["load_best_model_at_end"] is True
+    for fold in (1, 2, 3):
+        assert "--validation_folds" not in script.fold_flags(fold, [1, 2, 3], choose_epoch=False)
+        tested, validation = script.fold_flags(fold, [1, 2, 3], choose_epoch=True)[1::2]
+        assert tested != validation
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--folds", "7"], r"--folds names \[7\]; the data have the folds \[1, 2, 3\]"),
+        (["--test_folds", "1"], "sets --test_folds, .* itself"),
+        (["--load_best_model_at_end"], "sets --test_folds, .* itself"),
+        (["--seed", "3"], "sets --test_folds, .* itself"),
+    ],
+)
+def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        example("cross_validate").main(flags(folder, tmp_path, *more))
+
+
+def test_transfer(example, folder, tmp_path):
+    command = flags(folder, tmp_path, "--source", str(folder / "others.csv"))
+    summary = example("transfer").main(command)
+    assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
+    assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}
+    source = json.loads((tmp_path / "seed0" / "source" / "results.json").read_text())
+    assert source["clips"] == {"train": 12}  # all of them
+    tuned = json.loads((tmp_path / "seed0" / "fine_tuned" / "seed0" / "fold1" / "results.json").read_text())
+    assert tuned["config"]["reconstruction_loss_weight"] == 1  # the saved source has it at 0
+
+
+def test_ablation_table(example, folder, tmp_path):
+    results = example("ablate").main(flags(folder, tmp_path, "--table", "a", "--folds", "1", "--max_steps", "1"))
+    assert list(results) == ["w/o CL", "w. CL"]
+    rows = list(csv.DictReader((tmp_path / "table.csv").open(newline="")))
+    assert [float(row["mean"]) for row in rows] == [own["CAT"]["mean"] for own in results.values()]
+    assert (tmp_path / "table.md").read_text().startswith("|  | CAT |") and (tmp_path / "table.png").stat().st_size
+    for name, weight in (("CAT_w_o_CL", 0), ("CAT_w_CL", 1)):
+        run = json.loads((tmp_path / name / "seed0" / "fold1" / "results.json").read_text())
+        assert run["config"]["causal_loss_weight"] == run["config"]["reconstruction_loss_weight"] == weight
+
+
+def test_rows_of_table_c(example):
+    script = example("ablate")
+    args = type("", (), {"table": "c", "config_name": str(EXAMPLES.parent / "model_cards" / "cat-nano")})
+    args.config_overrides = "{}"
+    cells = script.cells(args)
+    assert list(cells) == ["plain", "+ MRMF", "+ MRMF + CL"] and list(cells["plain"]) == ["AST", "CAT"]
+    assert cells["+ MRMF + CL"]["CAT"] == ({}, [])
+    shape = {"window_size": None, "depths": [8], "num_heads": [4], "embed_dim": 128, "patch_size": [16, 16]}
+    assert cells["+ MRMF + CL"]["AST"] == (shape, [])
