@@ -183,8 +183,8 @@ def load_audio_dataset(
     """Load a data set from a folder or CSV file whose layout is recognised, or from the Hub.
 
     Args:
-        name_or_path: a folder (ESC-50, UrbanSound8K, AudioSet, audio folder, or a downloaded data set of the Hub in
-            Parquet files), a `.csv` file, or the id of a data set on the Hub.
+        name_or_path: a folder (ESC-50, UrbanSound8K, AudioSet, audio folder, the shards of `shards.py`, or a
+            downloaded data set of the Hub in Parquet files), a `.csv` file, or the id of a data set on the Hub.
         audio_column: column of the clips in a CSV file or a data set of the Hub.
         label_column: column of the labels in a CSV file or a data set of the Hub.
         on_missing: "error" (default) or "skip" table rows whose file does not exist.
@@ -369,6 +369,10 @@ def _read_folder(folder: Path, on_missing: str, missing: list[str] | None) -> Da
     for table, read in layouts.items():
         if (folder / table).is_file():
             return read(folder, on_missing, missing)
+    if any(folder.glob("*-of-*.arrow")):
+        from .shards import read_shards  # which decodes by this module
+
+        return read_shards(folder)
     tables = sorted(folder.glob("*.csv"))
     if tables:
         raise ValueError(f"{folder} holds tables: name the one to read, e.g. {tables[0]}")

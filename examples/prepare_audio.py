@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Turn a folder of recordings into shards that training reads without decoding, resampling or searching.
+
+    python examples/prepare_audio.py --data /data/audioset --output_dir /data/audioset-32k --num_workers 16
+
+Takes every layout that training takes (AudioSet, ESC-50, UrbanSound8K, audio folders, CSV files), and any format that
+soundfile or the ffmpeg program reads. Missing and broken clips are left out; `report.csv` names each with the reason.
+An interrupted run goes on when the same command is given again. Train with `--data OUTPUT_DIR --check_audio false`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+
+from transformers_cat.configuration_cat import SAMPLING_RATE
+from transformers_cat.training import load_audio_dataset
+from transformers_cat.training.shards import shard_path, write_shard
+
+
+def fingerprint(splits: DatasetDict, clips_per_shard: int) -> str:
+    """Changes with the clips, their labels and order, and the size of the shards: which clip is in which shard."""
+    digest = hashlib.sha256(str(clips_per_shard).encode())
+    for split, dataset in splits.items():
+        digest.update(f"{split} {dataset.features}".encode())
+        for row in dataset:
+            digest.update(json.dumps([row["audio"], row["label"], row.get("fold")]).encode())
+    return digest.hexdigest()
+
+
+def check_plan(folder: Path, plan: str) -> None:
+    """Shards of other clips must not be mixed with those to come."""
+    path = folder / "plan.txt"
+    if path.is_file() and path.read_text() != plan:
+        raise ValueError(f"{folder} holds shards of other clips or of another size; choose another --output_dir")
+    path.write_text(plan)
+
+
+def prepare(dataset: Dataset, path: Path) -> dict[str, str]:
+    """Write a shard, or read what was skipped in one that is there."""
+    if path.is_file():
+        return json.loads(path.with_suffix(".skipped.json").read_text(encoding="utf-8"))
+    return write_shard(dataset, path, SAMPLING_RATE)
+
+
+def main(argv: list[str] | None = None) -> dict[str, int]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of recordings, or CSV file")
+    parser.add_argument("--output_dir", required=True, type=Path, help="where the shards are written")
+    parser.add_argument("--clips_per_shard", type=int, default=1000, help="some 250 MB for clips of 10 s")
+    parser.add_argument("--num_workers", type=int, default=multiprocessing.cpu_count(), help="processes")
+    arguments = parser.parse_args(argv)
+
+    missing = []
+    loaded = load_audio_dataset(arguments.data, on_missing="skip", missing=missing)
+    splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    splits.pop("balanced_train", None)  # a part of AudioSet's train
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    check_plan(arguments.output_dir, fingerprint(splits, arguments.clips_per_shard))
+
+    skipped = dict.fromkeys(missing, "there is no such file")
+    context = multiprocessing.get_context("spawn")  # libraries that decode and resample start threads of their own
+    with ProcessPoolExecutor(arguments.num_workers, mp_context=context) as pool:
+        parts, paths = [], []
+        for split, dataset in splits.items():
+            starts = range(0, len(dataset), arguments.clips_per_shard)
+            for number, start in enumerate(starts):
+                parts.append(dataset.select(range(start, min(start + arguments.clips_per_shard, len(dataset)))))
+                paths.append(shard_path(arguments.output_dir, split, number, len(starts)))
+        for done, (path, reasons) in enumerate(zip(paths, pool.map(prepare, parts, paths)), start=1):
+            skipped |= reasons
+            print(f"{path.name} ({done} of {len(paths)}), {len(reasons)} clips skipped", flush=True)
+
+    with (arguments.output_dir / "report.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "reason"])
+        writer.writerows(skipped.items())
+    listed = sum(len(dataset) for dataset in splits.values()) + len(missing)
+    counts = {"listed": listed, "missing": len(missing), "unreadable": len(skipped) - len(missing)}
+    counts["written"] = listed - len(skipped)
+    (arguments.output_dir / "report.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    print(counts)
+    return counts
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Shards of clips: what is in them, what was left out and why, interruptions, and training from them."""
+
+import csv
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import soundfile
+
+from transformers_cat import load_audio
+from transformers_cat.training import label_names, load_audio_dataset
+from transformers_cat.training.data import decode_audio
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "prepare_audio.py"
+RATE = 32_000
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("prepare_audio", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # processes of the pool are told its name
+    sys.path.insert(0, str(SCRIPT.parent))
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+    sys.path.remove(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven clips of two labels and three folds; of five more rows, one has no file and four have broken ones."""
+    folder = tmp_path_factory.mktemp("downloads")
+    generator = np.random.default_rng(0)
+    rows = [("audio", "label", "fold")]
+    for i in range(7):
+        name = f"{i}.{('wav', 'flac', 'ogg')[i % 3]}"
+        rate = RATE if i < 3 else 44_100
+        soundfile.write(folder / name, generator.normal(0, 0.1, (rate // 10 + i, 1 + i % 2)), rate)
+        rows.append((name, "ab"[i % 2], i % 3 + 1))
+    for name, content in {"text.wav": b"no audio", "nothing.m4a": b""}.items():
+        (folder / name).write_bytes(content)
+    soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
+    (folder / "half.flac").write_bytes((folder / "1.flac").read_bytes()[:3000])
+    rows += [(name, "a", 1) for name in ("text.wav", "nothing.m4a", "empty.wav", "half.flac", "absent.wav")]
+    with (folder / "clips.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def command(folder, output):
+    return [
+        "--data",
+        f"{folder}/clips.csv",
+        "--output_dir",
+        str(output),
+        "--clips_per_shard",
+        "4",
+        "--num_workers",
+        "1",
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(script, folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared")
+    counts = script.main(command(folder, output))
+    return output, counts
+
+
+def test_report(prepared, folder):
+    output, counts = prepared
+    assert counts == {"listed": 12, "missing": 1, "unreadable": 4, "written": 7}
+    assert json.loads((output / "report.json").read_text()) == counts
+    with (output / "report.csv").open(newline="") as file:
+        reasons = {Path(row["clip"]).name: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["absent.wav"] == "there is no such file"
+    assert reasons["empty.wav"] == "it holds no samples"
+    assert "truncated" in reasons["half.flac"]
+    assert "Cannot read the audio file" in reasons["text.wav"] and set(reasons) >= {"nothing.m4a"}
+
+
+def test_clips_are_those_of_the_files(prepared, folder):
+    output, _ = prepared
+    assert len(list(output.glob("train-0000?-of-00003.arrow"))) == 3
+    dataset = load_audio_dataset(output)["train"]
+    assert dataset["label"][:] == [i % 2 for i in range(7)] and label_names(dataset) == ["a", "b"]
+    assert dataset["fold"][:] == [i % 3 + 1 for i in range(7)]
+    for row, encoded in zip(decode_audio(dataset, RATE), dataset):
+        expected = load_audio(encoded["audio"]["path"])
+        assert encoded["audio"]["bytes"][:4] == b"fLaC"
+        np.testing.assert_allclose(row["audio"], expected, atol=2**-15)  # 16 bits
+
+
+def test_memory_is_mapped(prepared):
+    """Opening the shards, and reading a row, allocates next to nothing for the clips."""
+    before = pyarrow.total_allocated_bytes()
+    dataset = load_audio_dataset(prepared[0])["train"]
+    size = len(dataset[3]["audio"]["bytes"])
+    assert pyarrow.total_allocated_bytes() - before < size
+
+
+def test_goes_on_where_it_was_interrupted(script, prepared, folder, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(prepared[0], output)
+    (output / "train-00001-of-00003.arrow").rename(output / "train-00001-of-00003.partial")
+    with pytest.raises(FileNotFoundError, match="has 2 of 3 shards of train: run the command"):
+        load_audio_dataset(output)
+    kept = (output / "train-00000-of-00003.arrow").stat().st_mtime_ns
+    assert script.main(command(folder, output)) == prepared[1]
+    assert (output / "train-00000-of-00003.arrow").stat().st_mtime_ns == kept
+    whole, again = (load_audio_dataset(path)["train"] for path in (prepared[0], output))
+    assert [row["audio"]["bytes"] for row in whole] == [row["audio"]["bytes"] for row in again]
+    with pytest.raises(ValueError, match="shards of other clips or of another size"):
+        script.main([*command(folder, output), "--clips_per_shard", "5"])
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="m4a needs the ffmpeg program")
+def test_m4a(script, folder, tmp_path):
+    import subprocess
+
+    source, clip = tmp_path / "a.wav", tmp_path / "clips" / "a" / "a.m4a"
+    clip.parent.mkdir(parents=True)
+    soundfile.write(source, 0.3 * np.sin(np.arange(RATE) / 10), RATE)
+    subprocess.run(["ffmpeg", "-loglevel", "error", "-i", str(source), str(clip)], check=True)
+    output = tmp_path / "out"
+    flags = ["--data", str(clip.parents[1]), "--output_dir", str(output), "--num_workers", "1"]
+    assert script.main(flags)["written"] == 1
+    assert abs(len(decode_audio(load_audio_dataset(output)["train"], RATE)[0]["audio"]) - RATE) < 4096
