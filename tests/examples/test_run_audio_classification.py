@@ -399,6 +399,7 @@ def run_of_two(folder, configuration, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 class TestTwoProcesses:
     """torchrun starts two; each takes every other batch."""
 
@@ -435,7 +436,6 @@ class TestTwoProcesses:
             assert pair[0]["path"] == pair[1]["path"]
             assert float(pair[0]["probability"]) == pytest.approx(float(pair[1]["probability"]), abs=1e-5)
 
-    @pytest.mark.slow
     def test_resumption_in_mid_epoch(self, folder, configuration, tmp_path):
         flags = "--save_strategy steps --save_steps 5 --save_total_limit 9 --balanced_sampling"
         launch(2, two_processes(folder, configuration, tmp_path / "whole", *flags.split()))
