@@ -59,7 +59,7 @@ def test_half_precision_classifies_alike(checkpoint, real_clips, dtype):
             expected = full(**batch).logits
             logits = half(batch["input_values"].to(dtype), batch["attention_mask"]).logits
         assert logits.dtype == dtype
-        tolerance = 0.02 if dtype == torch.float16 else 0.15
+        tolerance = 0.03 if dtype == torch.float16 else 0.25
         torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -11,6 +11,7 @@ from transformers_cat.modeling_cat import (
     CATAttention,
     CATDropPath,
     CATFeatureNorm,
+    CATLinear,
     CATPositionEmbedding,
     attention_mask_of_windows,
     split_streams,
@@ -154,8 +155,8 @@ def test_position_embedding_is_equation_3():
     torch.manual_seed(0)
     config = small_config()
     position = awaken(CATPositionEmbedding(config))
-    table = position(7, 5)
-    assert table.shape == (3, 2, 1, 7, 5, 16)
+    grid, levels = position(7, 5)
+    assert grid.shape == (7, 5, 16) and levels.shape == (2, 3, 16)
 
     def sinusoid(index):
         waves = [(math.sin, math.cos)[i % 2](index / 10_000 ** (2 * (i // 2) / 16)) for i in range(16)]
@@ -168,30 +169,60 @@ def test_position_embedding_is_equation_3():
                     onehot = nn.functional.one_hot(torch.tensor(k), 3).float()
                     projected = position.projection(torch.cat([sinusoid(t), onehot]))
                     expected = position.gate * (projected + sinusoid(f) + position.filters[g])
-                    torch.testing.assert_close(table[k, g, 0, t, f], expected, atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(grid[t, f] + levels[g, k], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sum_of_resolutions_is_the_patch_convolution():
+def test_patches_are_projected_as_by_a_convolution():
     torch.manual_seed(0)
-    embeddings = awaken(CATModel(small_config())).embeddings
-    features = torch.randn(2, 3, 3, 40, 64)  # (G, B, K, T, F)
-    tokens, bias = embeddings.projection(features)
-    weight, stride = embeddings.projection.weight, embeddings.projection.stride
-    expected = nn.functional.conv2d(features.flatten(0, 1), weight, bias, stride)
-    expected = expected.permute(0, 2, 3, 1).unflatten(0, (2, 3))
-    torch.testing.assert_close(tokens.sum(0) + bias, expected, atol=1e-5, rtol=1e-5)
+    projection = awaken(CATModel(small_config())).embeddings.projection
+    features = torch.randn(3, 41, 2, 3, 64)  # (B, T, G, K, F)
+    tokens = projection(projection.cut(features))
+    images = nn.functional.pad(features.permute(2, 0, 3, 1, 4), (0, 0, 0, 3)).flatten(0, 1)
+    expected = nn.functional.conv2d(images, projection.weight, projection.bias, projection.stride)
+    torch.testing.assert_close(tokens, expected.permute(0, 2, 3, 1).unflatten(0, (2, 3)), atol=1e-5, rtol=1e-5)
 
 
-def test_exchange_is_attention_over_the_resolutions():
+def test_embedding_is_the_sum_over_the_resolutions():
+    """Patch, position and exchange of each resolution by itself, and then their sum."""
     torch.manual_seed(0)
-    exchange = awaken(CATModel(small_config())).embeddings.exchange
-    tokens = torch.randn(3, 2, 5, 16)
-    normed = exchange.norm(tokens).movedim(0, -2)  # (2, 5, K, C)
-    query, key, value = exchange.qkv(normed).chunk(3, -1)
-    attended = nn.functional.scaled_dot_product_attention(query, key, value)
-    # The projection of each resolution's output, summed, has the bias only once.
-    expected = (attended @ exchange.output.weight.T).sum(-2) + exchange.output.bias
-    torch.testing.assert_close(exchange(tokens), expected, atol=1e-5, rtol=1e-5)
+    embeddings = awaken(CATModel(small_config(stem_depth=0))).embeddings.eval()
+    features = torch.randn(2, 40, 384)
+    images = features.unflatten(2, (2, 3, 64)).permute(2, 3, 0, 1, 4)  # (G, K, B, T, F)
+    grid, levels = embeddings.position(10, 16)
+    exchange = embeddings.exchange
+    for g in range(2):
+        tokens, qkv = 0, []
+        for k in range(3):
+            position = grid + levels[g, k]
+            kernel = embeddings.projection.weight[:, k : k + 1]
+            patches = nn.functional.conv2d(images[g, k][:, None], kernel, stride=4).permute(0, 2, 3, 1)
+            tokens = tokens + patches + position
+            kernel = exchange.qkv[k].T.reshape(-1, 1, 4, 4)
+            patches = nn.functional.conv2d(images[g, k][:, None], kernel, exchange.bias, stride=4).permute(0, 2, 3, 1)
+            qkv.append(patches + exchange.position(position))
+        query, key, value = torch.stack(qkv, dim=-2).chunk(3, -1)  # (B, t, f, K, D)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        # The projection of each resolution's output, summed, has the bias only once.
+        received = (attended @ exchange.output.weight.T).sum(-2) + exchange.output.bias
+        expected = embeddings.norm(tokens + embeddings.projection.bias + received)
+        torch.testing.assert_close(embeddings(features, None)[g], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_matrix_products(bias):
+    torch.manual_seed(0)
+    layer = CATLinear(16, 24, bias=bias)
+    plain = nn.Linear(16, 24, bias=bias)
+    plain.load_state_dict(layer.state_dict())
+    tokens = torch.randn(2, 3, 5, 7, 16)[:, :, 1:].transpose(1, 2).requires_grad_()
+    gradient = torch.randn(2, 4, 3, 7, 24)
+    results = []
+    for module in (layer, plain):
+        output = module(tokens)
+        gradients = torch.autograd.grad(output, [tokens, *module.parameters()], gradient)
+        results.append([output, *gradients])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.bfloat16()(tokens.bfloat16()), plain.bfloat16()(tokens.bfloat16()))
 
 
 def test_what_is_added_to_swin_starts_as_the_identity():
@@ -214,7 +245,8 @@ def test_windows_partition_and_reverse(window):
 
 def test_shifted_windows_keep_what_is_apart_apart():
     t, f, window, shift = 10, 8, (4, 4), (2, 2)
-    mask = attention_mask_of_windows(None, (t, f), window, shift, torch.zeros(()))
+    rows = torch.arange(12)[None] < t
+    mask = attention_mask_of_windows(rows, (12, f), window, shift, torch.zeros(()))
     position = torch.arange(12 * f).view(1, 12, f, 1)  # 10 rows and 2 of padding
     position = window_partition(position.roll((-2, -2), (1, 2)), window)[0, :, :, 0]
     for here, row in zip(position, mask[0]):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +23,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig
 from .mrmf import MRMFSpectrogram
+
+MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
 
 
 @dataclass
@@ -79,12 +82,28 @@ class CATSequenceClassifierOutput(SequenceClassifierOutput):
 
 def pad_time(tokens: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
     """Zero-pads dimension `dim` at its end to a multiple."""
-    missing = -tokens.shape[dim] % multiple
-    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, missing)) if missing else tokens
+    length = tokens.shape[dim]
+    # Written with a negated floor, the roundings of all stages collapse into one where the length is symbolic; and
+    # what is only known at run time must not be branched on.
+    missing = -(-length // multiple) * multiple - length
+    if statically_known_true(missing == 0):
+        return tokens
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, missing))
+
+
+def crop_time(tokens: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Takes the first `length` of dimension `dim`: what `pad_time` added goes again."""
+    # Padding by a negative number: a slice would have to know which of two symbolic lengths is smaller.
+    if statically_known_true(tokens.shape[dim] == length):
+        return tokens
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, length - tokens.shape[dim]))
 
 
 def window_partition(tokens: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """(B, t, f, C) -> (B, windows, tokens of a window, C); `window` divides (t, f)."""
+    """(B, t, f, C) -> (B, windows, tokens of a window, C); `window` divides (t, f).
+
+    A view of the same memory where a window spans all of f.
+    """
     b, t, f, c = tokens.shape
     tokens = tokens.view(b, t // window[0], window[0], f // window[1], window[1], c)
     return tokens.transpose(2, 3).reshape(b, -1, window[0] * window[1], c)
@@ -94,7 +113,7 @@ def window_reverse(windows: torch.Tensor, window: tuple[int, int], t: int, f: in
     """(B, windows, tokens of a window, C) -> (B, t, f, C), the inverse of `window_partition`."""
     b, _, _, c = windows.shape
     windows = windows.view(b, t // window[0], f // window[1], window[0], window[1], c)
-    return windows.transpose(2, 3).reshape(b, t, f, c)
+    return windows.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(b, t, f, c)
 
 
 def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
@@ -116,23 +135,23 @@ def attention_mask_of_windows(
     Padding sees itself, so that no row of the softmax is empty.
 
     Args:
-        token_mask: (B, t) bool, or `None`.
-        size: (t, f) before padding to whole windows.
+        token_mask: (B or 1, t) bool, or `None`.
+        size: (t, f), which `window` divides.
         like: A tensor that gives dtype and device.
 
     Returns:
         (B or 1, windows, tokens, tokens), 0 or -inf, or `None` where everything belongs together.
     """
-    (t, f), device = size, like.device
-    if token_mask is None and shift == (0, 0) and t % window[0] == 0:
+    if token_mask is None and shift == (0, 0):
         return None
-    rows = torch.ones(1, t, dtype=torch.bool, device=device) if token_mask is None else token_mask
-    rows = pad_time(rows, window[0], 1).roll(-shift[0], 1)  # (B or 1, t)
-    t = rows.shape[1]
+    (t, f), device = size, like.device
     wrapped_t = torch.arange(t, device=device) >= t - shift[0]
     wrapped_f = torch.arange(f, device=device) >= f - shift[1]
     regions = 1 + wrapped_t[:, None] + 2 * wrapped_f[None, :]  # (t, f)
-    regions = torch.where(rows[..., None], regions, 0)
+    if token_mask is None:
+        regions = regions[None]
+    else:
+        regions = torch.where(token_mask.roll(-shift[0], 1)[..., None], regions, 0)
     regions = window_partition(regions[..., None], window)  # (B or 1, windows, tokens, 1)
     apart = regions != regions.transpose(2, 3)
     return torch.zeros(apart.shape, dtype=like.dtype, device=device).masked_fill(apart, float("-inf"))
@@ -159,6 +178,29 @@ def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | N
 def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     """X_g = h + delta_g: (B, t, f, C) and (G, B, t, f, C) -> (G, B, t, f, C)."""
     return trunk[None] if offsets is None else trunk + offsets
+
+
+# Linear maps
+
+
+def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(..., C) and (D, C) -> (..., D).
+
+    On a CPU in float32 as the 1x1 convolution that it is: PyTorch computes that by oneDNN and a matrix product by MKL,
+    which takes some twice the time on processors that are not Intel's.
+    """
+    if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or torch.compiler.is_exporting():
+        return nn.functional.linear(tokens, weight, bias)
+    pixels = tokens.reshape(1, -1, 1, tokens.shape[-1]).permute(0, 3, 1, 2)  # channels last, so that nothing is copied
+    output = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)
+    return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], -1)
+
+
+class CATLinear(nn.Linear):
+    """A linear layer on tokens, by the faster of two ways to compute it."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return linear(tokens, self.weight, self.bias)
 
 
 # Features to tokens
@@ -223,32 +265,43 @@ class CATPositionEmbedding(nn.Module):
         angle = position * 10_000.0**-exponent
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(self.gate.dtype)
 
-    def forward(self, t: int, f: int) -> torch.Tensor:
-        """-> (K, G, 1, t, f, C)."""
-        resolutions = torch.eye(self.num_resolutions, device=self.gate.device, dtype=self.gate.dtype)
-        of_time = self.sinusoids(t).expand(self.num_resolutions, -1, -1)
-        time = self.projection(torch.cat([of_time, resolutions[:, None].expand(-1, t, -1)], dim=2))  # (K, t, C)
-        grid = time[:, :, None] + self.sinusoids(f)  # (K, t, f, C)
-        return self.gate * (grid[:, None, None] + self.filters[:, None, None, None])
+    def forward(self, t: int, f: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> two summands of pe: what depends on time and frequency (t, f, C), and on filter and resolution (G, K, C).
+
+        g is linear, so it takes sin(t) and onehot(k) apart and never sees K * t rows.
+        """
+        inputs = torch.block_diag(self.sinusoids(t), torch.eye(self.num_resolutions).to(self.gate))
+        time, resolutions = self.projection(inputs).split([t, self.num_resolutions])
+        resolutions = resolutions - self.projection(torch.zeros_like(inputs[:1]))  # its bias counts once, with the time
+        grid = time[:, None] + self.sinusoids(f)
+        return self.gate * grid, self.gate * (self.filters[:, None] + resolutions)
 
 
 class CATResolutionExchange(nn.Module):
     """Attention between the K resolutions of one filter at one time and frequency (Sec. III-A).
 
-    Its output is only ever needed summed over the resolutions, and the output projection is linear: so it projects the
-    sum, and starts as zero.
+    Queries, keys and values are linear maps of each resolution's patch and of its position. What comes out is only ever
+    needed summed over the resolutions, and the output projection is linear: so it projects the sum, and starts as zero.
     """
 
     def __init__(self, config: CATConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.exchange_dim)
-        self.output = nn.Linear(config.exchange_dim, config.embed_dim)
+        resolutions, width, patch = config.num_resolutions, 3 * config.exchange_dim, tuple(config.patch_size)
+        self.qkv = nn.Parameter(torch.zeros(resolutions, patch[0] * patch[1], width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.position = nn.Linear(config.embed_dim, width, bias=False)
+        self.output = CATLinear(config.exchange_dim, config.embed_dim)
         self.output.initial_std = 0.0
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(K, ..., C) -> (..., C), what the exchange adds to the sum of the resolutions."""
-        query, key, value = self.qkv(self.norm(tokens)).chunk(3, dim=-1)  # (K, ..., D)
+    def forward(self, patches: torch.Tensor, position: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Patches (G, B, t, f, K, P), position (t, f, C) and (G, K, C) -> what the exchange adds (G, B, t, f, C)."""
+        g, b, t, f, k, _ = patches.shape
+        qkv = torch.bmm(patches.flatten(0, 3).transpose(0, 1), self.qkv)  # (K, G * B * t * f, 3 D)
+        qkv = qkv.view(k, g, b, t, f, -1) + self.bias
+        if position is not None:
+            grid, levels = (self.position(part) for part in position)
+            qkv = qkv + grid + levels.transpose(0, 1)[:, :, None, None, None]
+        query, key, value = qkv.chunk(3, dim=-1)
         scores = (query[:, None] * key[None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5  # (K, K, ..., 1)
         # sum over queries of sum over keys of weight * value
         received = (scores.softmax(dim=1).sum(0) * value).sum(0)
@@ -284,29 +337,29 @@ class CATStem(nn.Module):
 
 
 class CATPatchProjection(nn.Conv2d):
-    """A K-channel convolution with stride, as the K one-channel projections of which it is the sum.
+    """A K-channel convolution with stride, on patches that are cut already.
 
     The weights of a layer are used only in its own forward: whatever keeps them elsewhere until then (offloading,
     sharding) fetches them there.
     """
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(G, B, K, T, F) -> (K, G, B, t, f, C), without the bias, and the bias of their sum, (C,)."""
+    def cut(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, T, G, K, F) -> (G, B, t, f, K, P), P = frames times bins of a patch."""
         time, bins = self.kernel_size
-        features = pad_time(features, time, 3)
-        patches = features.unflatten(4, (-1, bins)).unflatten(3, (-1, time))  # (G, B, K, t, time, f, bins)
-        patches = patches.permute(2, 0, 1, 3, 5, 4, 6)  # (K, G, B, t, f, time, bins)
-        kernels = self.weight.permute(1, 2, 3, 0).flatten(1, 2)  # (K, time * bins, C)
-        tokens = torch.bmm(patches.reshape(kernels.shape[0], -1, time * bins), kernels)
-        return tokens.unflatten(1, patches.shape[1:5]), self.bias
+        patches = pad_time(features, time, 1).unflatten(4, (-1, bins)).unflatten(1, (-1, time))
+        return patches.permute(3, 0, 1, 5, 4, 2, 6).flatten(5)  # from (B, t, time, G, K, f, bins)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(G, B, t, f, K, P) -> (G, B, t, f, C)."""
+        return linear(patches.flatten(4), self.weight.flatten(1), self.bias)
 
 
 class CATEmbeddings(nn.Module):
     """Patches of the normalised MRMF, aggregated over the resolutions (Sec. III-A): one token map for each filter.
 
     A patch spans all K resolutions of one filter, so its projection is a K-channel convolution with stride, shared by
-    the filters. That is the sum of K one-channel projections, and the position embedding and the exchange between the
-    resolutions act before the sum.
+    the filters. That is the sum of K tokens, one for each resolution, to which the positions and the exchange between
+    the resolutions are added; both are linear in what they add, so the sum is all that is ever computed.
     """
 
     def __init__(self, config: CATConfig):
@@ -324,16 +377,19 @@ class CATEmbeddings(nn.Module):
 
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
-        features = features.unflatten(2, self.shape).permute(2, 0, 3, 1, 4)  # (G, B, K, T, F)
-        tokens, bias = self.projection(features)  # (K, G, B, t, f, C)
+        features = features.unflatten(2, self.shape)  # (B, T, G, K, F)
+        patches = self.projection.cut(features)
+        tokens = self.projection(patches)
+        position = None
         if self.position is not None:
-            tokens = tokens + self.position(*tokens.shape[3:5])
+            grid, levels = position = self.position(*tokens.shape[2:4])
+            tokens = tokens + levels.shape[1] * grid + levels.sum(1)[:, None, None, None]
         if self.exchange is not None:
-            bias = bias + self.exchange(tokens)
-        tokens = tokens.sum(0) + bias
+            tokens = tokens + self.exchange(patches, position)
         if self.stem is not None:
-            mask = None if frame_mask is None else frame_mask.repeat(features.shape[0], 1)
-            tokens = tokens + self.stem(features.flatten(0, 1), mask).unflatten(0, features.shape[:2])
+            mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
+            images = torch.cat(features.permute(2, 0, 3, 1, 4).unbind())  # (G * B, K, T, F)
+            tokens = tokens + self.stem(images, mask).unflatten(0, tokens.shape[:2])
         return self.dropout(self.norm(tokens))
 
 
@@ -350,20 +406,13 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot products of (B, windows * heads, N, D) queries, keys and values.
-
-    Returns (B, N, windows * heads, D) and the weights (B * windows, heads, N, N).
-    """
+    """Scaled dot products of (B, H, N, D) queries, keys and values -> (B, N, H, D) and the weights (B, H, N, N)."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    # Used in the shape in which they are returned: so they have a gradient, which explanations of a decision read.
-    weights = weights.view(-1, module.num_heads, *weights.shape[2:])
-    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value.reshape(
-        -1, module.num_heads, *value.shape[2:]
-    )
-    return output.view(query.shape).transpose(1, 2).contiguous(), weights
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
 
 
 class CATRelativePositionBias(nn.Module):
@@ -398,9 +447,9 @@ class CATAttention(nn.Module):
         self.is_causal = False
         self.window = config.window_shape(stage)
         self.qkv = nn.ModuleList(
-            nn.Linear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
+            CATLinear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
         )
-        self.output = nn.Linear(width, width)
+        self.output = CATLinear(width, width)
         # Global attention takes positions from the embedding alone, as in AST: its window has no fixed size.
         self.position_bias = CATRelativePositionBias(self.window, self.num_heads) if self.window else None
 
@@ -413,53 +462,45 @@ class CATAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            streams: (G, B, t, f, C), normalised.
+            streams: (G, B, t, f, C), normalised; the window divides (t, f).
             shift: Cyclic shift of the windows along (t, f).
             mask: From `attention_mask_of_windows`.
 
         Returns:
             (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
         """
-        _, b, t, f, c = streams.shape
+        _, b, t, f, _ = streams.shape
         window = self.window or (t, f)
-        # (B, t, f, G, 3, heads of a filter * D)
-        qkv = torch.stack([project(stream) for project, stream in zip(self.qkv, streams)], dim=3)
-        qkv = pad_time(qkv.flatten(3), window[0], 1)
-        padded = qkv.shape[1]
-        if shift != (0, 0):
-            qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
-        qkv = window_partition(qkv, window)  # (B, windows, N, G * 3 * heads of a filter * D)
-        windows, tokens = qkv.shape[1:3]
-        qkv = qkv.view(b, windows, tokens, len(self.qkv), 3, -1, self.head_dim).permute(4, 0, 1, 3, 5, 2, 6)
-        # Windows and heads share a dimension, so that a bias that all clips have in common is held once.
-        query, key, value = qkv.reshape(3, b, windows * self.num_heads, tokens, self.head_dim)
-
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if shift != (0, 0):
+            streams = streams.roll((-shift[0], -shift[1]), (2, 3))
+        windows = [window_partition(stream, window).flatten(0, 1) for stream in streams]  # (B * windows, N, C) each
+        qkv = [project(tokens).unflatten(2, (3, -1, self.head_dim)) for project, tokens in zip(self.qkv, windows)]
+        query, key, value = torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)  # (B * windows, heads, N, D) each
         output, weights = attention(
             self,
             query,
             key,
             value,
-            self.bias(mask, windows),
+            self.bias(mask, b),
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # (B, N, windows * heads, D)
-        output = output.view(b, tokens, windows, c).transpose(1, 2)
-        output = window_reverse(output.contiguous(), window, padded, f)
-        if shift != (0, 0):
-            output = output.roll(shift, (1, 2))
-        return self.output(output[:, :t]), weights
+        )  # (B * windows, N, heads, D)
+        output = self.output(output.flatten(2)).unflatten(0, (b, -1))
+        output = window_reverse(output, window, t, f)
+        return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
 
-    def bias(self, mask: torch.Tensor | None, windows: int) -> torch.Tensor | None:
-        """Position bias and mask as one tensor (B or 1, windows * heads, tokens, tokens)."""
+    def bias(self, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
+        if mask is not None:
+            mask = mask[:, :, None].expand(batch_size, -1, -1, -1, -1)  # (B, windows, 1, N, N)
         if self.position_bias is None:
-            return None if mask is None else mask.repeat_interleave(self.num_heads, 1)
+            return None if mask is None else mask.flatten(0, 1)
         bias = self.position_bias()
-        bias = bias.expand(1, windows, *bias.shape) if mask is None else bias + mask[:, :, None]
-        return bias.flatten(1, 2)
+        return bias[None] if mask is None else (bias + mask).flatten(0, 1)
 
 
 class CATMLP(nn.Sequential):
@@ -467,7 +508,7 @@ class CATMLP(nn.Sequential):
 
     def __init__(self, config: CATConfig, width: int):
         hidden = int(config.mlp_ratio * width)
-        super().__init__(nn.Linear(width, hidden), ACT2FN[config.hidden_act], nn.Linear(hidden, width))
+        super().__init__(CATLinear(width, hidden), ACT2FN[config.hidden_act], CATLinear(hidden, width))
 
 
 class CATDropPath(nn.Module):
@@ -526,7 +567,7 @@ class CATPatchMerging(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(4 * width)
-        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+        self.reduction = CATLinear(4 * width, 2 * width, bias=False)
 
     def forward(
         self, trunk: torch.Tensor, offsets: torch.Tensor | None, token_mask: torch.Tensor | None
@@ -535,8 +576,8 @@ class CATPatchMerging(nn.Module):
         # Zero stands in for what is not there, so that a token beside padding is what it is at the end of a batch.
         streams = zero_padding(join_streams(trunk, offsets), token_mask)
         streams = pad_time(pad_time(streams, 2, 2), 2, 3)
-        quads = [streams[:, :, row::2, column::2] for column in range(2) for row in range(2)]
-        return split_streams(self.reduction(self.norm(torch.cat(quads, dim=-1))))
+        quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
+        return split_streams(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
 
 
 class CATStage(nn.Module):
@@ -562,19 +603,33 @@ class CATStage(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Trunk (B, t, f, C), offsets (G, B, t, f, C), mask (B, t) -> trunk, offsets, weights of the last block."""
-        size = (trunk.shape[1], trunk.shape[2])
-        window = self.window or size
-        still = attention_mask_of_windows(token_mask, size, window, (0, 0), trunk)
+        length, window = trunk.shape[1], self.window or tuple(trunk.shape[1:3])
+        # Whole windows from here to the end of the stage; what was added is padding like any other.
+        padded_mask = self.pad_mask(token_mask, length, trunk.device)
+        trunk = pad_time(trunk, window[0], 1)
+        offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        size = tuple(trunk.shape[1:3])
+        still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
         shifted = still
         if self.shift != (0, 0) and len(self.blocks) > 1:
-            shifted = attention_mask_of_windows(token_mask, size, window, self.shift, trunk)
+            shifted = attention_mask_of_windows(padded_mask, size, window, self.shift, trunk)
         weights = None
         for index, block in enumerate(self.blocks):
             shift, mask = (self.shift, shifted) if index % 2 else ((0, 0), still)
-            trunk, weights = block(trunk, offsets, token_mask, shift, mask, **kwargs)
+            trunk, weights = block(trunk, offsets, padded_mask, shift, mask, **kwargs)
+        trunk = crop_time(trunk, length, 1)
+        offsets = None if offsets is None else crop_time(offsets, length, 2)
         if self.merging is not None:
             trunk, offsets = self.merging(trunk, offsets, token_mask)
         return trunk, offsets, weights
+
+    def pad_mask(self, token_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+        """(B, t) or `None` -> (B or 1, t) for whole windows, or `None` where nothing is padding."""
+        if self.window is None or statically_known_true(length % self.window[0] == 0):
+            return token_mask
+        if token_mask is None:
+            token_mask = torch.ones(1, length, dtype=torch.bool, device=device)
+        return pad_time(token_mask, self.window[0], 1)
 
 
 # Models
@@ -615,12 +670,22 @@ class CATPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, name), constant)
         elif isinstance(module, CATFeatureNorm):
             init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, CATResolutionExchange):
+            # Patches of unit variance give queries, keys and values of unit variance.
+            init.normal_(module.qkv, std=module.qkv.shape[1] ** -0.5)
+            init.zeros_(module.bias)
         elif isinstance(module, CATPositionEmbedding):
             init.normal_(module.filters, std=self.config.initializer_range)
             init.ones_(module.gate)
         elif isinstance(module, CATRelativePositionBias):
             init.trunc_normal_(module.table, std=self.config.initializer_range)
             init.copy_(module.index, relative_position_index(module.window))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, but of safetensors alone: unpickling weights could run code that came with them."""
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 class CATModel(CATPreTrainedModel):
@@ -644,20 +709,50 @@ class CATModel(CATPreTrainedModel):
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding."""
+        eager = not torch.compiler.is_compiling()  # looking at values would break a graph that is being traced
+        if eager:
+            self.validate(input_values, attention_mask)
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            # A mask costs time; looking at its values would break a graph that is being traced.
-            if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            if eager and bool(attention_mask.all()):  # a mask costs time
                 attention_mask = None
         if input_values.ndim == 2:
-            return self.mrmf(input_values, attention_mask)
-        if input_values.ndim != 3 or input_values.shape[2] != self.config.feature_size:
+            features, attention_mask = self.mrmf(input_values, attention_mask)
+        elif attention_mask is None:
+            features = input_values
+        else:  # not by a product: what is on padding may be NaN
+            features = input_values.masked_fill(~attention_mask[..., None], 0)
+        # In training the loss shows it, and a look at the values would keep a GPU waiting.
+        if eager and not self.training and not bool(features.abs().amax() < MAX_LOG_POWER):
             raise ValueError(
-                f"`input_values` has shape {tuple(input_values.shape)}, but must be MRMF features (clips, frames, "
+                f"`input_values` has NaN, infinite or huge values: its features must lie within {MAX_LOG_POWER:g} of "
+                "zero, as log power does. Repair the audio, or leave it out."
+            )
+        return features, attention_mask
+
+    def validate(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raises ValueError, with types and shapes named, for inputs that the model cannot read."""
+        if not isinstance(input_values, torch.Tensor) or not input_values.is_floating_point():
+            kind = getattr(input_values, "dtype", type(input_values).__name__)
+            raise ValueError(
+                f"`input_values` must be a tensor of floats, the output of CATFeatureExtractor, not {kind}."
+            )
+        shape = tuple(input_values.shape)
+        if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == self.config.feature_size)):
+            raise ValueError(
+                f"`input_values` has shape {shape}, but must be MRMF features (clips, frames, "
                 f"{self.config.feature_size}) or waveforms (clips, samples). Make them with a CATFeatureExtractor that "
                 "has this model's `filters`, `window_lengths` and `num_bins`."
             )
-        return input_values, attention_mask
+        if 0 in shape:
+            raise ValueError(
+                f"`input_values` of shape {shape} is empty: pass at least one clip, of at least one frame."
+            )
+        if attention_mask is not None and tuple(getattr(attention_mask, "shape", ())) != shape[:2]:
+            raise ValueError(
+                f"`attention_mask` must be a tensor of shape {shape[:2]}, one value for each frame or sample of "
+                f"`input_values`, not {tuple(getattr(attention_mask, 'shape', [type(attention_mask).__name__]))}."
+            )
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -675,7 +770,8 @@ class CATModel(CATPreTrainedModel):
                 padding. What a clip is padded with, or batched with, does not change its output.
 
         Raises:
-            ValueError: `input_values` is missing or has another shape.
+            ValueError: `input_values` is missing or empty, or has another shape or type than the above; in evaluation
+                mode also where its audio is not finite.
         """
         if input_values is None:
             raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
