@@ -1,0 +1,288 @@
+#!/usr/bin/env python
+"""CAT (tiny) beside AST, HTS-AT and Swin-T on the same machine: time, memory, FLOPs and parameters.
+
+    python examples/benchmark.py --output_dir runs/benchmark
+
+All models have random weights and see 10 seconds of audio. They take turns in one process, so that a busy machine
+slows them alike; a cell is the median time and, in brackets, the median over the rounds of its ratio to HTS-AT. Peak
+memory is that of a fresh process each, less what the process holds before its first step. `table.md`, `results.json`
+and `benchmark.png` are written to the output folder.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
+    ClapAudioConfig,
+    ClapAudioModel,
+    ClapFeatureExtractor,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+)
+
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+CLASSES = 50
+SECONDS = 10
+BASELINE = "HTS-AT"
+LENGTHS = (1, 10, 60, 600)  # seconds
+
+
+class HTSAT(torch.nn.Module):
+    """transformers' HTS-AT (CLAP's audio tower) with the linear head that it lacks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = ClapAudioModel(ClapAudioConfig())
+        self.head = torch.nn.Linear(self.body.config.hidden_size, CLASSES)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(features).pooler_output)
+
+
+def build(name: str) -> torch.nn.Module:
+    """A model with random weights."""
+    torch.manual_seed(0)
+    return {
+        "CAT": lambda: CATForAudioClassification(
+            CATConfig(num_labels=CLASSES, problem_type="single_label_classification")
+        ),
+        "HTS-AT": HTSAT,
+        "AST": lambda: ASTForAudioClassification(ASTConfig(num_labels=CLASSES)),
+        "Swin-T": lambda: SwinForImageClassification(SwinConfig(image_size=256, window_size=8, num_labels=CLASSES)),
+    }[name]()
+
+
+MODELS = ("CAT", "HTS-AT", "AST", "Swin-T")
+
+
+def inputs(name: str, batch_size: int) -> torch.Tensor:
+    """What the model's feature extractor makes of 10 seconds."""
+    shape = {"CAT": (1000, 384), "HTS-AT": (1, 1001, 64), "AST": (1024, 128), "Swin-T": (3, 256, 256)}[name]
+    return torch.randn(batch_size, *shape)
+
+
+def forward(name: str, batch_size: int) -> Callable:
+    model, features = build(name).eval(), inputs(name, batch_size)
+
+    def step():
+        with torch.no_grad():
+            model(features)
+
+    return step
+
+
+def training_step(name: str, batch_size: int) -> Callable:
+    """Forward, backward and AdamW; the whole objective for CAT, cross-entropy for the others."""
+    model, features = build(name).train(), inputs(name, batch_size)
+    labels = torch.randint(CLASSES, (batch_size,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step():
+        if name == "HTS-AT":
+            loss = torch.nn.functional.cross_entropy(model(features), labels)
+        else:
+            loss = model(features, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def front_end(name: str, batch_size: int) -> Callable:
+    extractor = {"CAT": CATFeatureExtractor, "HTS-AT": ClapFeatureExtractor, "AST": ASTFeatureExtractor}[name]()
+    rate = extractor.sampling_rate
+    clips = list(0.1 * np.random.default_rng(0).standard_normal((batch_size, SECONDS * rate), dtype=np.float32))
+    return lambda: extractor(clips, sampling_rate=rate, return_tensors="pt")
+
+
+def waveform_to_label(name: str, batch_size: int) -> Callable:
+    """Feature extractor and model, as the pipeline calls them."""
+    features, model = front_end(name, batch_size), build(name).eval()
+
+    def step():
+        with torch.no_grad():
+            model(features()["input_features" if name == "HTS-AT" else "input_values"])
+
+    return step
+
+
+def load(name: str, folder: Path) -> Callable:
+    """`from_pretrained` of what this saves first."""
+    model = build(name)
+    model = model.body if isinstance(model, HTSAT) else model
+    if isinstance(model, CATForAudioClassification):
+        model.drop_reconstruction()
+    assert isinstance(model, PreTrainedModel)
+    model.save_pretrained(folder / name)
+    return lambda: type(model).from_pretrained(folder / name)
+
+
+TASKS = {
+    "forward, batch 1": (forward, 1, MODELS),
+    "forward, batch 4": (forward, 4, MODELS),
+    "training step, batch 4": (training_step, 4, ("CAT", "HTS-AT", "AST")),
+    "front end, batch 8": (front_end, 8, ("CAT", "HTS-AT", "AST")),
+    "waveform to label, batch 1": (waveform_to_label, 1, ("CAT", "HTS-AT", "AST")),
+}
+
+
+def alternate(steps: dict[str, Callable], rounds: int, per: int) -> dict[str, dict[str, float]]:
+    """Median seconds for each of `per` clips, and the median ratio to the baseline, of steps that take turns."""
+    times = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - start) / per)
+    times = {name: values[1:] for name, values in times.items()}  # the first round warms up
+    return {
+        name: {
+            "seconds": statistics.median(values),
+            "ratio": statistics.median(a / b for a, b in zip(values, times[BASELINE])),
+        }
+        for name, values in times.items()
+    }
+
+
+def peak_memory(task: str, name: str) -> float:
+    """Bytes that a fresh process needs at most for two steps."""
+    command = [sys.executable, __file__, "--memory_of", task, name]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def measure_memory(task: str, name: str) -> None:
+    """What `peak_memory` and `cost_of_length` read."""
+    seconds = task.removesuffix(" s of audio")
+    if seconds != task:
+        model = build("CAT").eval()
+        waveform = 0.1 * torch.randn(1, int(seconds) * model.config.sampling_rate)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(waveform)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.perf_counter() - start)
+        return
+    make, batch_size, _ = TASKS[task]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make(name, batch_size)
+    step(), step()
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def cost_of_length(seconds: int) -> dict[str, float]:
+    """From waveform to logits, one clip, in a fresh process (so its first and only pass)."""
+    command = [sys.executable, __file__, "--memory_of", f"{seconds} s of audio", "CAT"]
+    kibibytes, elapsed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {"bytes": 1024 * float(kibibytes), "seconds": float(elapsed)}
+
+
+def flops_of(name: str) -> int:
+    step = forward(name, 1)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def write(results: dict, folder: Path) -> str:
+    """table.md, benchmark.png; returns the table."""
+    lines = ["| what | " + " | ".join(MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
+    for task, cells in results["time"].items():
+        row = [
+            f"{1e3 * cells[name]['seconds']:.0f} ms ({cells[name]['ratio']:.2f})" if name in cells else ""
+            for name in MODELS
+        ]
+        lines.append(f"| {task}, a clip | " + " | ".join(row) + " |")
+    for task, cells in results["memory"].items():
+        row = [f"{cells[name] / 2**20:.0f} MiB" if name in cells else "" for name in MODELS]
+        lines.append(f"| memory, {task} | " + " | ".join(row) + " |")
+    for what, scale, unit in (("flops", 1e9, "GFLOP"), ("parameters", 1e6, "M")):
+        row = [f"{results[what][name] / scale:.1f} {unit}" for name in MODELS]
+        lines.append(f"| {what} | " + " | ".join(row) + " |")
+    lines += ["", "| CAT, waveform to logits | time | memory |", "| --- | --- | --- |"]
+    for seconds, cost in results["length"].items():
+        lines.append(f"| {seconds} s of audio | {cost['seconds']:.2f} s | {cost['bytes'] / 2**20:.0f} MiB |")
+    table = "\n".join(lines) + "\n"
+    (folder / "table.md").write_text(table, encoding="utf-8")
+
+    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    width = 0.8 / len(MODELS)
+    for index, name in enumerate(MODELS):
+        ratios = [cells.get(name, {}).get("ratio", 0) for cells in results["time"].values()]
+        axis.bar(np.arange(len(ratios)) + index * width, ratios, width, label=name)
+    axis.set_xticks(np.arange(len(results["time"])) + 0.3, list(results["time"]), rotation=15)
+    axis.axhline(1, color="grey", linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_ylabel(f"time over that of {BASELINE}")
+    axis.legend()
+    figure.savefig(folder / "benchmark.png", dpi=120)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="Seconds of audio for CAT alone.")
+    parser.add_argument("--memory_of", nargs=2, metavar=("TASK", "MODEL"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        measure_memory(*args.memory_of)
+        return
+    torch.set_num_threads(args.threads)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = {
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+            "threads": args.threads,
+            "rounds": args.rounds,
+        },
+        # First, while this process is small: Linux hands a parent's peak down to its children.
+        "memory": {
+            task: {name: peak_memory(task, name) for name in TASKS[task][2]}
+            for task in ("forward, batch 4", "training step, batch 4")
+        },
+        "length": {seconds: cost_of_length(seconds) for seconds in args.lengths},
+        "time": {},
+    }
+    for task, (make, batch_size, names) in TASKS.items():
+        results["time"][task] = alternate({name: make(name, batch_size) for name in names}, args.rounds, batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: load(name, Path(folder)) for name in MODELS}
+        results["time"]["from_pretrained"] = alternate(steps, args.rounds, 1)
+    results["flops"] = {name: flops_of(name) for name in MODELS}
+    results["parameters"] = {
+        name: sum(p.numel() for key, p in build(name).named_parameters() if not key.startswith("reconstruction"))
+        for name in MODELS
+    }
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    print(write(results, args.output_dir))
+
+
+if __name__ == "__main__":
+    main()
