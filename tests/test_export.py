@@ -1,8 +1,9 @@
 """Exported graphs against the model: any batch, any length, real recordings, and nothing but numpy."""
 
-import importlib.util
+import importlib
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from tests.conftest import awaken, small_config
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
-from transformers_cat.export import FILES, INPUTS, export, load_graph
+from transformers_cat.export import TOLERANCE, ExportedModel, compare, export, load_graph
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = [(1,), (319,), (5_120,), (5_121, 1), (32_000, 31_999, 7_777), (64_001, 163_840)]  # samples
@@ -46,7 +47,7 @@ def assert_equal_outputs(folder: Path, model: CATForAudioClassification, clips: 
         }
         for name, value in expected.items():
             got = outputs[name][i, :steps] if name == "frame_logits" else outputs[name][i]
-            torch.testing.assert_close(got, value[0], atol=1e-4, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(got, value[0], atol=1e-4, rtol=1e-4)
         assert outputs["token_mask"][i].tolist() == [step < steps for step in range(outputs["token_mask"].shape[1])]
 
 
@@ -98,3 +99,92 @@ def test_export_leaves_the_model_as_it_was(exported):
     assert model.reconstruction is not None and model.config.problem_type is None
     assert model.config._attn_implementation == "sdpa"
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression"},
+        {"num_labels": 1},
+        {"window_size": None, "patch_size": (16, 16), "depths": (2,), "num_heads": (4,), "stem_depth": 0},
+        {"filters": ("mel",), "window_lengths": (800,), "hop_lengths": (320,), "reconstruction_loss_weight": 0.0},
+    ],
+    ids=["multi_label", "regression", "one_label", "global_attention", "one_spectrogram"],
+)
+def test_every_kind_of_model_exports(tmp_path, overrides):
+    model = make_model(**overrides)
+    export(model, tmp_path, inputs="features", format="torch_export")  # compares the outputs itself
+    extractor = CATFeatureExtractor.from_pretrained(tmp_path)
+    batch = extractor(noise(9_999), sampling_rate=32_000, return_tensors="pt")
+    outputs = load_graph(tmp_path / "model.pt2")(batch["input_values"], batch["attention_mask"])
+    torch.testing.assert_close(outputs["logits"], model(**batch).logits, atol=1e-4, rtol=1e-4)
+    if overrides.get("problem_type") == "multi_label_classification":
+        torch.testing.assert_close(outputs["probabilities"], outputs["logits"].sigmoid())
+    elif overrides.get("problem_type") == "regression" or model.num_labels == 1:
+        assert "probabilities" not in outputs
+    else:
+        torch.testing.assert_close(outputs["probabilities"].sum(-1), torch.ones(1))
+
+
+@pytest.mark.parametrize("config", ["cat-nano", "cat-tiny"])
+@pytest.mark.slow
+def test_sizes_of_the_model_cards_run_on_real_recordings(tmp_path, real_clips, config):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = CATForAudioClassification(CATConfig.from_pretrained(ROOT / "model_cards" / config, num_labels=7))
+    export(awaken(model).eval(), tmp_path, clips=real_clips[:2])
+    assert_equal_outputs(tmp_path, model, [real_clips[2], real_clips[3][:77_777]])
+
+
+def test_a_wrong_graph_is_refused():
+    exported = ExportedModel(make_model(), "sdpa")
+    batch = torch.randn(2, 77, 384), torch.ones(2, 77, dtype=torch.int32)
+    assert compare(exported, exported, [batch])["logits"] == 0
+
+    def other(change):
+        return lambda *inputs: {name: change(output.float()) for name, output in exported(*inputs).items()}
+
+    for change in (lambda x: x + 10 * TOLERANCE * x.abs().max(), lambda x: x * float("nan"), lambda x: x[:, 1:]):
+        with pytest.raises(RuntimeError, match=r"(?s)inputs of shape \(2, 77, 384\).*differs"):
+            compare(exported, other(change), [batch])
+
+
+@pytest.mark.parametrize("arguments", [{"inputs": "wave"}, {"format": "tflite"}])
+def test_unknown_choices_are_named(small_model, tmp_path, arguments):
+    with pytest.raises(ValueError, match=f"not '{next(iter(arguments.values()))}'"):
+        export(small_model, tmp_path / "new", **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_packages_are_named_first(small_model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"onnxruntime.*transformers-cat\[export\]"):
+        export(small_model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_script_and_the_ten_lines_of_its_docstring(tmp_path, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.delitem(sys.modules, "export", raising=False)
+    script = importlib.import_module("export")
+    monkeypatch.chdir(tmp_path)
+    model = make_model(depths=(1,), num_heads=(2,), stem_depth=0)
+    model.config.id2label = {i: f"sound {i}" for i in range(5)}
+    model.save_pretrained("runs/esc10")
+    soundfile.write("dog.wav", noise(48_001), 32_000, subtype="FLOAT")
+    script.main(re.search(r"python examples/export.py (.*)", script.__doc__)[1].split())
+    said = capsys.readouterr().out
+    assert re.search(r"probabilities +\d\.\de-\d\d", said)
+
+    snippet = textwrap.dedent(
+        script.__doc__[script.__doc__.index("    import json") : script.__doc__.index("Of clips")]
+    )
+    exec(snippet, {})
+    index = int(model(torch.from_numpy(noise(48_001))[None]).logits.argmax())
+    assert capsys.readouterr().out.startswith(f"sound {index} 0.")
+    session = onnxruntime.InferenceSession("runs/esc10-onnx/model.onnx")
+    assert [value.shape for value in session.get_inputs()] == [["batch", "length"]] * 2

@@ -150,8 +150,9 @@ def trace(exported: ExportedModel, example: tuple[torch.Tensor, torch.Tensor]) -
     # A size of 1 would otherwise be a case of its own, which the graph does not cover.
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
         program = torch.export.export(exported, example, dynamic_shapes=(sizes, sizes))
-    for node in program.graph.nodes:  # it would be written to the file, with the paths of this machine
-        node.meta.pop("stack_trace", None)
+    for graph in program.graph_module.modules():  # a region without autocast is a graph of its own
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # would be written to the file, with the paths of this machine
     return program
 
 
