@@ -606,8 +606,9 @@ class CATStage(nn.Module):
         length, window = trunk.shape[1], self.window or tuple(trunk.shape[1:3])
         # Whole windows from here to the end of the stage; what was added is padding like any other.
         padded_mask = self.pad_mask(token_mask, length, trunk.device)
-        trunk = pad_time(trunk, window[0], 1)
-        offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        if self.window is not None:
+            trunk = pad_time(trunk, window[0], 1)
+            offsets = None if offsets is None else pad_time(offsets, window[0], 2)
         size = tuple(trunk.shape[1:3])
         still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
         shifted = still
@@ -684,6 +685,11 @@ class CATPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but of safetensors alone: unpickling weights could run code that came with them."""
+        if kwargs.get("use_safetensors") is False or str(pretrained_model_name_or_path).endswith(PICKLE_SUFFIXES):
+            raise ValueError(
+                f"Weights of {pretrained_model_name_or_path} are loaded from safetensors alone: pickled ones could run "
+                "code. Convert them with `safetensors.torch.save_file`, and leave out `use_safetensors=False`."
+            )
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
