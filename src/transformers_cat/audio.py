@@ -3,11 +3,15 @@
 import os
 import shutil
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from .configuration_cat import SAMPLING_RATE
+from .configuration_cat import SAMPLING_RATE, validate_integers
+
+MAX_RATE_RATIO = 100  # between two sampling rates: what lies further apart is a damaged header
+MAX_RATE_TERM = 2000  # of the ratio's fraction: torchaudio's filters hold the product of its two terms
 
 
 def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
@@ -25,30 +29,56 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds no audio that can be read; the message says why and what helps.
+        ValueError: The file holds no audio that can be read, or samples that are not finite; the message names the file
+            and says why and what helps. Or `sampling_rate` is not a positive integer.
     """
     path = Path(path)
+    validate_integers(1, 2**31, sampling_rate=sampling_rate)
     if not path.is_file():
         raise FileNotFoundError(f"There is no audio file {path}.")
     import soundfile
 
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
         return _load_with_ffmpeg(path, sampling_rate, reason=str(error))
+    except MemoryError as error:
+        raise ValueError(f"The audio file {path} claims more samples than memory holds: {error}") from error
     if len(audio) == 0:
         raise ValueError(f"The audio file {path} is empty: it holds no samples.")
-    return resample(audio.mean(axis=1), rate, sampling_rate)
+    audio = audio.mean(axis=1)
+    if not np.isfinite(audio).all():
+        raise ValueError(f"The audio file {path} holds NaN or infinite samples. Repair it or leave it out.")
+    try:
+        return resample(audio, rate, sampling_rate)
+    except ValueError as error:
+        raise ValueError(f"Cannot resample the audio file {path}: {error}") from error
 
 
 def resample(audio: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
-    """(N,) at `rate` Hz -> (N * sampling_rate / rate,) at `sampling_rate` Hz, both float32."""
+    """(N,) at `rate` Hz -> (N * sampling_rate / rate,) at `sampling_rate` Hz, both float32.
+
+    The ratio of the rates is exact where its fraction has no term above 2000, as that of any two usual rates; otherwise
+    (44101 to 32000 Hz) the nearest such fraction stands in, at most 0.05 % off: less than a hundredth of a semitone.
+
+    Raises:
+        ValueError: The rates are more than a hundredfold apart, or are not positive integers.
+    """
+    validate_integers(1, 2**31, rate=rate, sampling_rate=sampling_rate)
     if rate == sampling_rate:
         return audio
+    low, high = sorted((int(rate), int(sampling_rate)))
+    if low * MAX_RATE_RATIO < high:
+        raise ValueError(
+            f"Audio at {rate} Hz cannot be brought to {sampling_rate} Hz: the two are more than {MAX_RATE_RATIO}-fold "
+            "apart. If the rate comes from a file's header, correct it there."
+        )
     import torch
     import torchaudio
 
-    return torchaudio.functional.resample(torch.from_numpy(audio), rate, sampling_rate).numpy()
+    ratio = Fraction(low, high).limit_denominator(MAX_RATE_TERM)
+    terms = (ratio.numerator, ratio.denominator) if rate == low else (ratio.denominator, ratio.numerator)
+    return torchaudio.functional.resample(torch.from_numpy(audio), *terms).numpy()
 
 
 def _load_with_ffmpeg(path: Path, sampling_rate: int, reason: str) -> np.ndarray:

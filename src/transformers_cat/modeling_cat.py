@@ -4,6 +4,7 @@ Layouts: B clips, G filters, K resolutions, T frames, F bins; t and f count toke
 stage's width. Token maps are (B, t, f, C), one for each filter (G, B, t, f, C).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -685,10 +686,13 @@ class CATPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but of safetensors alone: unpickling weights could run code that came with them."""
-        if kwargs.get("use_safetensors") is False or str(pretrained_model_name_or_path).endswith(PICKLE_SUFFIXES):
+        name = str(pretrained_model_name_or_path)
+        pickled = os.path.isfile(name) and not name.endswith(".safetensors")
+        if pickled or any(kwargs.get(option) is False for option in ("use_safetensors", "weights_only")):
             raise ValueError(
-                f"Weights of {pretrained_model_name_or_path} are loaded from safetensors alone: pickled ones could run "
-                "code. Convert them with `safetensors.torch.save_file`, and leave out `use_safetensors=False`."
+                f"The weights of {name} are loaded from safetensors alone, since unpickling could run code. Convert "
+                "them with `safetensors.torch.save_file`, and leave out `use_safetensors=False` and "
+                "`weights_only=False`."
             )
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -715,12 +719,14 @@ class CATModel(CATPreTrainedModel):
         self, input_values: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding."""
-        eager = not torch.compiler.is_compiling()  # looking at values would break a graph that is being traced
+        eager = not torch.compiler.is_compiling()
         if eager:
             self.validate(input_values, attention_mask)
+        # Looking at values would break a graph that is being traced, and meta tensors have none.
+        look = eager and not input_values.is_meta
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            if eager and bool(attention_mask.all()):  # a mask costs time
+            if look and bool(attention_mask.all()):  # a mask costs time
                 attention_mask = None
         if input_values.ndim == 2:
             features, attention_mask = self.mrmf(input_values, attention_mask)
@@ -729,7 +735,7 @@ class CATModel(CATPreTrainedModel):
         else:  # not by a product: what is on padding may be NaN
             features = input_values.masked_fill(~attention_mask[..., None], 0)
         # In training the loss shows it, and a look at the values would keep a GPU waiting.
-        if eager and not self.training and not bool(features.abs().amax() < MAX_LOG_POWER):
+        if look and not self.training and not bool(features.abs().amax() < MAX_LOG_POWER):
             raise ValueError(
                 f"`input_values` has NaN, infinite or huge values: its features must lie within {MAX_LOG_POWER:g} of "
                 "zero, as log power does. Repair the audio, or leave it out."
@@ -871,7 +877,8 @@ class CATForAudioClassification(CATPreTrainedModel):
             output_reconstruction (`bool`, defaults to `False`): Also return the reconstructed MRMF.
 
         Raises:
-            ValueError: A reconstruction is asked for of a model without the block.
+            ValueError: A reconstruction is asked for of a model without the block; or `labels` has another shape than
+                the above, or, on a CPU, a class index that there is not.
         """
         outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         latents = outputs.pooler_output
@@ -915,9 +922,33 @@ class CATForAudioClassification(CATPreTrainedModel):
 
     def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """l_theta of eq. (10)."""
+        if not torch.compiler.is_compiling():
+            self.validate_labels(labels, len(logits))
         if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
             return nn.functional.cross_entropy(logits, labels.to(logits))
         return self.loss_function(labels, logits, self.config)
+
+    def validate_labels(self, labels: torch.Tensor, clips: int) -> None:
+        """Raises ValueError, with what is wrong named, for labels that the loss cannot read."""
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"`labels` must be a tensor, not {type(labels).__name__}.")
+        problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else None)
+        indices = not labels.is_floating_point() and problem_type in (None, "single_label_classification")
+        shapes = [(clips,), (clips, 1)] if indices or self.num_labels == 1 else [(clips, self.num_labels)]
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} and type {labels.dtype}, but {clips} clips and `num_labels` "
+                f"{self.num_labels} need {' or '.join(map(str, shapes))}: class indices are integers (clips,), "
+                "probabilities, multi-hot labels and targets floats (clips, num_labels)."
+            )
+        if not indices or labels.device.type != "cpu":  # a look at the values would keep a GPU waiting
+            return
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
+        if wrong.numel():
+            raise ValueError(
+                f"`labels` has the class index {int(wrong[0])}, but `num_labels` is {self.num_labels}: indices go from "
+                f"0 to {self.num_labels - 1}, and -100 leaves a clip out."
+            )
 
     def causal_loss(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """l_c, eq. (8)."""
