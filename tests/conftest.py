@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformers_cat import CATConfig, CATForAudioClassification, load_audio
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, load_audio
 
 DATA = Path(os.environ.get("TRANSFORMERS_CAT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -58,6 +58,18 @@ def small_model() -> CATForAudioClassification:
     """A small model in evaluation mode with random values in every parameter."""
     torch.manual_seed(0)
     return awaken(CATForAudioClassification(small_config())).eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """Folder of a saved small model with its feature extractor, to read from only."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    names = ["dog", "rain", "clock", "rooster", "crying"]
+    config = small_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    awaken(CATForAudioClassification(config)).eval().save_pretrained(folder)
+    CATFeatureExtractor().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

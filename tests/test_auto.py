@@ -4,28 +4,11 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
 
-from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel, load_audio
-from transformers_cat.audio import resample
-
-from .conftest import awaken, small_config
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Folder of a saved small model with its feature extractor."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    names = ["dog", "rain", "clock", "rooster", "crying"]
-    config = small_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    awaken(CATForAudioClassification(config)).eval().save_pretrained(folder)
-    CATFeatureExtractor().save_pretrained(folder)
-    return folder
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 
 
 def test_a_checkpoint_is_json_and_safetensors(checkpoint):
@@ -61,46 +44,6 @@ def test_half_precision_classifies_alike(checkpoint, real_clips, dtype):
         assert logits.dtype == dtype
         tolerance = 0.03 if dtype == torch.float16 else 0.25
         torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_pipeline_on_files_of_any_rate(checkpoint, real_clips, tmp_path, rate, channels):
-    path = tmp_path / "clip.wav"
-    clip = resample(real_clips[3], 32_000, rate)
-    soundfile.write(path, np.stack([clip] * channels, axis=1), rate, subtype="FLOAT")
-    classifier = pipeline("audio-classification", model=str(checkpoint))
-    scores = classifier(load_audio(path), top_k=5)
-    assert {item["label"] for item in scores} == {"dog", "rain", "clock", "rooster", "crying"}
-    assert sum(item["score"] for item in scores) == pytest.approx(1, abs=1e-4)
-    # the pipeline's own resampling of a dictionary takes the same way
-    direct = classifier({"array": clip, "sampling_rate": rate}, top_k=5)
-    assert direct[0]["score"] == pytest.approx(scores[0]["score"], abs=1e-3)
-
-
-@pytest.mark.parametrize("seconds", [0.05, 0.4, 5, 60, 300])
-def test_pipeline_on_clips_of_any_length(checkpoint, real_clips, seconds):
-    clip = np.tile(np.concatenate(real_clips), 1 + int(seconds / 20))[: int(seconds * 32_000)]
-    scores = pipeline("audio-classification", model=str(checkpoint))(clip, top_k=1)
-    assert 0.2 <= scores[0]["score"] <= 1
-
-
-def test_pipeline_batches_score_as_one_at_a_time(checkpoint, real_clips):
-    clips = [clip[: 20_000 + 30_000 * index] for index, clip in enumerate(real_clips)]
-    classifier = pipeline("audio-classification", model=str(checkpoint))
-    for one, of_batch in zip([classifier(clip, top_k=5) for clip in clips], classifier(clips, batch_size=4, top_k=5)):
-        assert [item["label"] for item in one] == [item["label"] for item in of_batch]
-        for left, right in zip(one, of_batch):
-            assert left["score"] == pytest.approx(right["score"], abs=1e-4)
-
-
-def test_multi_label_scores_are_sigmoids(real_clips):
-    model = awaken(CATForAudioClassification(small_config(problem_type="multi_label_classification"))).eval()
-    classifier = pipeline("audio-classification", model=model, feature_extractor=CATFeatureExtractor())
-    scores = classifier(real_clips[0], top_k=5, function_to_apply="sigmoid")
-    batch = CATFeatureExtractor()(real_clips[0], sampling_rate=32_000, return_tensors="pt")
-    expected = model(**batch).logits.sigmoid()[0].sort(descending=True).values
-    torch.testing.assert_close(torch.tensor([item["score"] for item in scores]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_front_end_and_configuration_agree(checkpoint):
