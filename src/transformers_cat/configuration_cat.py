@@ -263,6 +263,14 @@ class CATConfig(PreTrainedConfig):
         along_frequency = min(self.window_size, self.stage_bins(stage))
         return self.window_size**2 // along_frequency, along_frequency
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As in transformers, but without a file an OSError: the defaults would be another model's configuration."""
+        dictionary, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not dictionary:
+            raise OSError(f"There is no configuration, config.json, in {pretrained_model_name_or_path}.")
+        return dictionary, kwargs
+
     def validate_architecture(self) -> None:
         """Part of `@strict` validation: values that each have the right type but do not fit together."""
         validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
@@ -275,7 +283,8 @@ class CATConfig(PreTrainedConfig):
             raise ValueError(f"`problem_type` must be one of {PROBLEM_TYPES} or None, not {self.problem_type!r}.")
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1, not {self.num_labels}.")
-        if sorted(self.id2label) != list(range(self.num_labels)):
+        # Numbers in strings, as in JSON, are what transformers' own script sets on a configuration.
+        if {str(index) for index in self.id2label} != {str(index) for index in range(self.num_labels)}:
             raise ValueError(f"`id2label` must name the classes 0 to {self.num_labels - 1}, not {list(self.id2label)}.")
 
     def _validate_sizes(self) -> None:

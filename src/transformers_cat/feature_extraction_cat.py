@@ -146,6 +146,12 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             parts = [self._features(value[None], mask[None], device) for value, mask in zip(values, masks)]
             values, masks = [part[0][0] for part in parts], [part[1][0] for part in parts]
         else:
+            sizes = sorted({len(value) for value in values})
+            if len(sizes) > 1:  # "max_length" that is none
+                raise ValueError(
+                    f"Clips of up to {sizes[-1]} samples do not fit into `max_length` {max_length}: pass "
+                    "`truncation=True` or a larger one."
+                )
             values, masks = self._features(np.stack(values), np.stack(masks), device)
         if return_tensors != "pt":
             values, masks = _to_numpy(values), _to_numpy(masks)
