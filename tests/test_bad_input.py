@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -347,12 +347,11 @@ class TestForward:
         with pytest.raises(ValueError, match="NaN, infinite or huge"):
             model(values)
 
-    @pytest.mark.parametrize("shape, steps", [((2, 40, 384), 40), ((2, 4000), 4000)])
-    def test_meta_tensors_pass_in_evaluation(self, shape, steps):
+    def test_meta_tensors_pass_in_evaluation(self):
         with torch.device("meta"):
             model = CATForAudioClassification(small_config()).eval()
-            mask = torch.ones(2, steps, dtype=torch.int32)
-            outputs = model(torch.empty(shape), attention_mask=mask, labels=torch.zeros(2, dtype=torch.long))
+            mask = torch.ones(2, 40, dtype=torch.int32)
+            outputs = model(torch.empty(2, 40, 384), attention_mask=mask, labels=torch.zeros(2, dtype=torch.long))
         assert outputs.logits.shape == (2, 5) and outputs.loss.is_meta
 
 
@@ -446,3 +445,182 @@ class TestResample:
     def test_a_damaged_rate_is_refused(self, rate, sampling_rate):
         with pytest.raises(ValueError, match="fold apart|rate` must be within"):
             resample(noise(10), rate, sampling_rate)
+
+
+class TestConfiguration:
+    OWN = sorted(CATConfig.__annotations__)
+    IMPOSSIBLE = (
+        -1,
+        -1.5,
+        10**12,
+        1e300,
+        math.nan,
+        math.inf,
+        -math.inf,
+        "7",
+        b"7",
+        object,
+        {"a": 1},
+        [[1]],
+        [],
+        (0,),
+        [-1],
+    )
+
+    @pytest.mark.parametrize("value", IMPOSSIBLE, ids=repr)
+    @pytest.mark.parametrize("name", OWN)
+    def test_an_impossible_value_of_any_field_is_named(self, name, value):
+        with pytest.raises((ValueError, TypeError, StrictDataclassError), match=f"(?s)`?{name}"):
+            small_config(**{name: value})
+
+    sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 16, 32, 64, 65, 160, 320, 400])
+    lists = st.lists(sizes, max_size=3)
+    changes = st.fixed_dictionaries(
+        {},
+        optional={
+            "window_lengths": lists,
+            "hop_lengths": lists,
+            "frame_shift": sizes,
+            "filters": st.lists(st.sampled_from(["mel", "linear", "bark"]), max_size=3),
+            "num_bins": sizes,
+            "f_min": st.sampled_from([0, 50.0, 20_000.0]),
+            "f_max": st.sampled_from([0, 50.0, 16_000, 16_001.0]),
+            "patch_size": st.tuples(sizes, sizes),
+            "embed_dim": sizes,
+            "exchange_dim": st.sampled_from([0, 1, 3, 4]),
+            "stem_depth": st.integers(0, 2),
+            "depths": st.lists(st.integers(0, 2), max_size=3),
+            "num_heads": lists,
+            "window_size": st.sampled_from([None, 0, 1, 2, 3, 4, 7, 8]),
+            "mlp_ratio": st.sampled_from([0, 0.1, 1, 1.5, 4.0]),
+            "depthwise_kernel_size": st.integers(0, 4),
+            "hidden_act": st.sampled_from(["gelu", "relu", "silu", "none"]),
+            "drop_path_rate": st.sampled_from([0, 0.5, 1]),
+            "num_donors": st.sampled_from([None, 0, 1, 4]),
+            "reconstruction_loss_weight": st.sampled_from([0, 1]),
+            "num_labels": st.sampled_from([0, 1, 2, 5]),
+            "problem_type": st.sampled_from([None, "regression", "multi_label_classification", "foo"]),
+        },
+    )
+
+    @fuzz(120)
+    @given(changes=changes, pairs=st.booleans())
+    def test_what_is_accepted_builds_and_runs(self, changes, pairs):
+        if pairs and "depths" in changes:  # otherwise hardly any would fit
+            changes = {**changes, "num_heads": [2 ** (stage + 1) for stage in range(len(changes["depths"]))]}
+        if pairs and "window_lengths" in changes:
+            changes = {**changes, "hop_lengths": changes["window_lengths"]}
+        try:
+            config = small_config(**changes)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            assert len(str(error)) > 20
+            return
+        model = CATForAudioClassification(config)
+        values = torch.randn(2, 9, config.feature_size)
+        labels = torch.rand(2, config.num_labels) if config.problem_type else torch.zeros(2, dtype=torch.long)
+        if config.num_labels == 1 and not config.problem_type:
+            labels = labels.float()
+        for mode in (model.train(), model.eval()):
+            outputs = mode(values, labels=labels)
+            assert outputs.logits.shape == (2, config.num_labels)
+            assert outputs.logits.isfinite().all() and outputs.loss.isfinite()
+
+    @pytest.mark.parametrize(
+        "changes, named",
+        [
+            ({"num_heads": (3, 4, 8)}, "3 heads of stage 0"),
+            ({"num_heads": (32, 4, 8)}, "multiple of its 32 heads"),
+            ({"depths": (2, 2)}, "one entry for each stage"),
+            ({"window_lengths": (400,)}, "same length"),
+            ({"hop_lengths": (160, 320, 1601)}, "1601"),
+            ({"f_min": 14_000}, "Nyquist"),
+            ({"patch_size": (4, 5)}, "multiple of the patch"),
+            ({"problem_type": "classification"}, "problem_type"),
+            ({"num_labels": 0}, "num_labels"),
+        ],
+    )
+    def test_a_contradiction_is_named(self, changes, named):
+        with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){named}"):
+            small_config(**changes)
+
+
+class TestFiles:
+    def test_not_a_number_is_refused_by_the_name_of_its_file(self, tmp_path):
+        clip = noise(1000)
+        for bad in (np.nan, np.inf):
+            clip[500] = bad
+            soundfile.write(tmp_path / "broken.wav", clip, 44_100, subtype="FLOAT")
+            with pytest.raises(ValueError, match="broken.wav holds NaN or infinite"):
+                load_audio(tmp_path / "broken.wav")
+
+    @pytest.mark.parametrize("rate", [1, 100, 319])
+    @pytest.mark.parametrize("extension", ["wav", "flac"])
+    def test_a_rate_that_is_none_is_refused_by_the_name_of_its_file(self, tmp_path, rate, extension):
+        soundfile.write(tmp_path / f"slow.{extension}", noise(5000), rate)
+        with pytest.raises(ValueError, match=f"slow.{extension}: Audio at {rate} Hz"):
+            load_audio(tmp_path / f"slow.{extension}")
+
+    @pytest.mark.parametrize("rate", [0, -1, 2.5, 32_000.0, "32000", None, math.nan, True])
+    def test_a_wrong_target_rate_is_refused(self, tmp_path, rate):
+        soundfile.write(tmp_path / "clip.wav", noise(1000), RATE)
+        with pytest.raises(ValueError, match="`sampling_rate`"):
+            load_audio(tmp_path / "clip.wav", sampling_rate=rate)
+
+    def test_samples_without_a_header_are_refused_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shutil, "which", lambda program: None)
+        (tmp_path / "clip.raw").write_bytes(noise(1000).tobytes())
+        with pytest.raises(ValueError, match="clip.raw.*ffmpeg"):
+            load_audio(tmp_path / "clip.raw")
+
+    def test_a_header_that_claims_more_than_memory_holds_is_refused(self, tmp_path):
+        soundfile.write(tmp_path / "clip.flac", noise(1000), RATE)
+        content = bytearray((tmp_path / "clip.flac").read_bytes())
+        content[21] |= 0x0F  # the 36 bits of STREAMINFO that count the samples
+        content[22:26] = b"\xff" * 4
+        (tmp_path / "clip.flac").write_bytes(content)
+        try:
+            assert len(load_audio(tmp_path / "clip.flac")) <= 1000
+        except ValueError as error:
+            assert "clip.flac" in str(error)
+
+    @pytest.fixture(scope="class")
+    def files(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("files")
+        for extension in ("wav", "flac", "ogg", "mp3", "aiff"):
+            soundfile.write(folder / f"clip.{extension}", noise(6000), 16_000)
+        return folder
+
+    @fuzz(150)
+    @given(data=st.data())
+    def test_a_damaged_file_is_audio_or_refused_by_name(self, files, data):
+        extension = data.draw(st.sampled_from(["wav", "flac", "ogg", "mp3", "aiff"]))
+        content = bytearray((files / f"clip.{extension}").read_bytes())
+        for _ in range(data.draw(st.integers(0, 3))):
+            place = data.draw(st.one_of(st.integers(0, 60), st.integers(0, len(content) - 1)))
+            content[place] = data.draw(st.integers(0, 255))
+        path = files / f"damaged.{extension}"
+        path.write_bytes(content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "which", lambda program: None)
+            try:
+                audio = load_audio(path)
+            except ValueError as error:
+                assert path.name in str(error)
+                return
+        assert audio.ndim == 1 and audio.dtype == np.float32 and len(audio) > 0 and np.isfinite(audio).all()
+
+    @fuzz(60)
+    @given(content=st.binary(max_size=200), extension=st.sampled_from(["wav", "mp3", "raw", "flac", "m4a", ""]))
+    def test_garbage_is_refused_by_name(self, files, content, extension):
+        path = files / f"garbage.{extension}"
+        path.write_bytes(content)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "which", lambda program: None)
+            with pytest.raises(ValueError, match=path.name):
+                load_audio(path)
+
+    def test_a_truncated_recording_is_what_is_left_of_it(self, data_dir, tmp_path):
+        content = (data_dir / "esc10" / "audio" / "1-100032-A-0.ogg").read_bytes()
+        (tmp_path / "half.ogg").write_bytes(content[: len(content) // 2])
+        audio = load_audio(tmp_path / "half.ogg")
+        assert 0 < len(audio) < 160_000 and np.isfinite(audio).all()
