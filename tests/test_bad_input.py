@@ -174,19 +174,26 @@ class TestWeights:
 
 
 class TestFeatureExtractor:
-    dtypes = st.sampled_from("bool int8 uint8 int16 uint16 int32 int64 float16 float32 float64 complex64 U4 O".split())
+    # What is possible comes more often than what is not: of several values any impossible one refuses them all.
+    dtypes = st.one_of(
+        st.sampled_from("float16 float32 float64 int16 int32 int8 uint8".split()),
+        st.sampled_from("float32 bool uint16 int64 complex64 U4 O".split()),
+    )
     layouts = st.sampled_from(["plain", "reversed", "strided", "read-only", "big-endian", "list", "tensor"])
 
     @fuzz(120)
     @given(
         shape=st.one_of(
-            st.tuples(st.sampled_from([0, 1, 2, 9, 159, 160, 161, 320, 321, 1600, 8000])),
+            st.tuples(st.sampled_from([1, 2, 9, 159, 160, 161, 320, 321, 1600, 8000])),
+            st.tuples(st.integers(1, 3), st.sampled_from([9, 159, 160, 161, 320, 321, 1600])),
             st.lists(st.sampled_from([0, 1, 2, 9, 700]), max_size=4).map(tuple).filter(lambda s: math.prod(s) < 10_000),
         ),
         dtype=dtypes,
         layout=layouts,
-        scale=st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 99.0, 101.0, 1e30, math.inf, math.nan]),
-        rate=st.sampled_from([RATE, RATE, RATE, float(RATE), None, 0, -1, 44_100, "32000", math.nan]),
+        scale=st.one_of(
+            st.sampled_from([0.0, 1e-40, 1e-3, 1.0, 99.0]), st.sampled_from([1.0, 101.0, 1e30, math.inf, math.nan])
+        ),
+        rate=st.one_of(st.just(RATE), st.sampled_from([float(RATE), None, 0, -1, 44_100, "32000", math.nan])),
         waveform=st.booleans(),
     )
     @pytest.mark.filterwarnings("ignore")  # casts to integers of what is none
@@ -270,9 +277,12 @@ class TestFeatureExtractor:
 
     @fuzz(60)
     @given(
-        padding=st.sampled_from([True, False, "longest", "max_length", "do_not_pad", "nonsense", None, 3]),
-        max_length=st.sampled_from([None, 0, -1, 1, 500, 2000, 2.5, "9", True]),
-        multiple=st.sampled_from([None, 0, -3, 1, 7, 320, 1.5, "9"]),
+        padding=st.one_of(
+            st.sampled_from([True, False, "longest", "max_length", "do_not_pad"]),
+            st.sampled_from(["nonsense", None, 3]),
+        ),
+        max_length=st.one_of(st.sampled_from([None, 1, 500, 2000]), st.sampled_from([0, -1, 2.5, "9", True])),
+        multiple=st.one_of(st.sampled_from([None, 1, 7, 320]), st.sampled_from([0, -3, 1.5, "9"])),
         truncation=st.booleans(),
     )
     def test_any_padding_is_features_or_refused(self, padding, max_length, multiple, truncation):
@@ -302,14 +312,15 @@ class TestForward:
     @fuzz(80)
     @given(
         shape=st.one_of(
-            st.tuples(st.integers(0, 3), st.integers(0, 40), st.sampled_from([384, 384, 384, 0, 1, 383])),
-            st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 319, 320, 321, 5000])),
+            st.tuples(st.integers(1, 3), st.integers(1, 40), st.just(384)),
+            st.tuples(st.integers(1, 3), st.sampled_from([1, 319, 320, 321, 5000])),
+            st.tuples(st.integers(0, 3), st.integers(0, 40), st.sampled_from([384, 0, 1, 383])),
             st.lists(st.integers(0, 3), max_size=4).map(tuple),
         ),
         dtype=st.sampled_from(
             [torch.float32] * 4 + [torch.float64, torch.float16, torch.int16, torch.bool, torch.cfloat]
         ),
-        value=st.sampled_from([0.0, -11.5, 1e-30, 50.0, 1e6, 1e30, math.inf, math.nan]),
+        value=st.one_of(st.sampled_from([0.0, -11.5, 1e-30, 50.0]), st.sampled_from([1e6, 1e30, math.inf, math.nan])),
         mask=st.sampled_from(["none", "ones", "zeros", "half", "floats", "wrong", "list"]),
     )
     def test_any_tensor_is_logits_or_refused(self, model, shape, dtype, value, mask):
@@ -475,32 +486,33 @@ class TestConfiguration:
 
     sizes = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 16, 32, 64, 65, 160, 320, 400])
     lists = st.lists(sizes, max_size=3)
-    changes = st.fixed_dictionaries(
-        {},
-        optional={
-            "window_lengths": lists,
-            "hop_lengths": lists,
-            "frame_shift": sizes,
-            "filters": st.lists(st.sampled_from(["mel", "linear", "bark"]), max_size=3),
-            "num_bins": sizes,
-            "f_min": st.sampled_from([0, 50.0, 20_000.0]),
-            "f_max": st.sampled_from([0, 50.0, 16_000, 16_001.0]),
-            "patch_size": st.tuples(sizes, sizes),
-            "embed_dim": sizes,
-            "exchange_dim": st.sampled_from([0, 1, 3, 4]),
-            "stem_depth": st.integers(0, 2),
-            "depths": st.lists(st.integers(0, 2), max_size=3),
-            "num_heads": lists,
-            "window_size": st.sampled_from([None, 0, 1, 2, 3, 4, 7, 8]),
-            "mlp_ratio": st.sampled_from([0, 0.1, 1, 1.5, 4.0]),
-            "depthwise_kernel_size": st.integers(0, 4),
-            "hidden_act": st.sampled_from(["gelu", "relu", "silu", "none"]),
-            "drop_path_rate": st.sampled_from([0, 0.5, 1]),
-            "num_donors": st.sampled_from([None, 0, 1, 4]),
-            "reconstruction_loss_weight": st.sampled_from([0, 1]),
-            "num_labels": st.sampled_from([0, 1, 2, 5]),
-            "problem_type": st.sampled_from([None, "regression", "multi_label_classification", "foo"]),
-        },
+    values = {
+        "window_lengths": lists,
+        "hop_lengths": lists,
+        "frame_shift": sizes,
+        "filters": st.lists(st.sampled_from(["mel", "linear", "bark"]), max_size=3),
+        "num_bins": sizes,
+        "f_min": st.sampled_from([0, 50.0, 20_000.0]),
+        "f_max": st.sampled_from([0, 50.0, 16_000, 16_001.0]),
+        "patch_size": st.tuples(sizes, sizes),
+        "embed_dim": sizes,
+        "exchange_dim": st.sampled_from([0, 1, 3, 4]),
+        "stem_depth": st.integers(0, 2),
+        "depths": st.lists(st.integers(0, 2), max_size=3),
+        "num_heads": lists,
+        "window_size": st.sampled_from([None, 0, 1, 2, 3, 4, 7, 8]),
+        "mlp_ratio": st.sampled_from([0, 0.1, 1, 1.5, 4.0]),
+        "depthwise_kernel_size": st.integers(0, 4),
+        "hidden_act": st.sampled_from(["gelu", "relu", "silu", "none"]),
+        "drop_path_rate": st.sampled_from([0, 0.5, 1]),
+        "num_donors": st.sampled_from([None, 0, 1, 4]),
+        "reconstruction_loss_weight": st.sampled_from([0, 1]),
+        "num_labels": st.sampled_from([0, 1, 2, 5]),
+        "problem_type": st.sampled_from([None, "regression", "multi_label_classification", "foo"]),
+    }
+    # Few at a time: of many, hardly any would fit together.
+    changes = st.sets(st.sampled_from(sorted(values)), min_size=1, max_size=2).flatmap(
+        lambda names, values=values: st.fixed_dictionaries({name: values[name] for name in sorted(names)})
     )
 
     @fuzz(120)
@@ -544,6 +556,15 @@ class TestConfiguration:
             small_config(**changes)
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A clip in every format that soundfile reads by itself."""
+    folder = tmp_path_factory.mktemp("files")
+    for extension in ("wav", "flac", "ogg", "mp3", "aiff"):
+        soundfile.write(folder / f"clip.{extension}", noise(6000), 16_000)
+    return folder
+
+
 class TestFiles:
     def test_not_a_number_is_refused_by_the_name_of_its_file(self, tmp_path):
         clip = noise(1000)
@@ -582,13 +603,6 @@ class TestFiles:
             assert len(load_audio(tmp_path / "clip.flac")) <= 1000
         except ValueError as error:
             assert "clip.flac" in str(error)
-
-    @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("files")
-        for extension in ("wav", "flac", "ogg", "mp3", "aiff"):
-            soundfile.write(folder / f"clip.{extension}", noise(6000), 16_000)
-        return folder
 
     @fuzz(150)
     @given(data=st.data())
