@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig
+from .linear import CATLinear, linear
 from .mrmf import MRMFSpectrogram
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
@@ -179,29 +180,6 @@ def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | N
 def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     """X_g = h + delta_g: (B, t, f, C) and (G, B, t, f, C) -> (G, B, t, f, C)."""
     return trunk[None] if offsets is None else trunk + offsets
-
-
-# Linear maps
-
-
-def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(..., C) and (D, C) -> (..., D).
-
-    On a CPU in float32 as the 1x1 convolution that it is: PyTorch computes that by oneDNN and a matrix product by MKL,
-    which takes some twice the time on processors that are not Intel's.
-    """
-    if tokens.device.type != "cpu" or tokens.dtype != torch.float32 or torch.compiler.is_exporting():
-        return nn.functional.linear(tokens, weight, bias)
-    pixels = tokens.reshape(1, -1, 1, tokens.shape[-1]).permute(0, 3, 1, 2)  # channels last, so that nothing is copied
-    output = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)
-    return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], -1)
-
-
-class CATLinear(nn.Linear):
-    """A linear layer on tokens, by the faster of two ways to compute it."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return linear(tokens, self.weight, self.bias)
 
 
 # Features to tokens

@@ -17,6 +17,7 @@ from .configuration_cat import (
     WINDOW_LENGTHS,
     validate_mrmf,
 )
+from .linear import linear
 
 SLICE = 2**13  # frames of the grid that are transformed at once: the spectra of an hour would take gigabytes
 MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
@@ -117,13 +118,15 @@ class MRMFSpectrogram(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def constants(self) -> dict[str, torch.Tensor]:
-        """The buffers by name, for each resolution k: `window_k` (w_k,), `bank_k` (n_fft_k // 2 + 1, G * F)."""
+        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1)."""
         constants = {}
         for k, window_length in enumerate(self.window_lengths):
             arguments = (fft_length(window_length), self.sampling_rate, self.num_bins, self.f_min, self.f_max)
             hann = np.hanning(window_length + 1)[:-1]  # periodic
+            # Zeros follow, so that a frame is as long as its transform: a shift of phase, which power does not see.
+            hann = np.pad(hann, (0, arguments[0] - window_length))
             constants[f"window_{k}"] = torch.from_numpy(hann.astype(np.float32))
-            constants[f"bank_{k}"] = torch.cat([filter_bank(name, *arguments) for name in self.filters], dim=1)
+            constants[f"bank_{k}"] = torch.cat([filter_bank(name, *arguments).T for name in self.filters])
         return constants
 
     def _apply(self, fn, recurse=True):
@@ -148,8 +151,9 @@ class MRMFSpectrogram(nn.Module):
         else:
             count = num_frames * self.frame_shift // hop_length
         left = (window_length - hop_length) // 2 + (hop_length if coarse else 0)
-        right = (count - 1) * hop_length + window_length - left - waveform.shape[-1]
-        frames = nn.functional.pad(waveform, (left, right)).unfold(-1, window_length, hop_length)
+        n_fft = fft_length(window_length)
+        right = (count - 1) * hop_length + n_fft - left - waveform.shape[-1]
+        frames = nn.functional.pad(waveform, (left, right)).unfold(-1, n_fft, hop_length)
         # A graph that is being traced must not depend on how many slices there are.
         ratio = max(self.frame_shift // hop_length, 1)
         slices = [frames] if torch.compiler.is_compiling() else frames.split(SLICE * ratio, dim=1)
@@ -157,15 +161,14 @@ class MRMFSpectrogram(nn.Module):
         return frames_to_grid(power, hop_length, self.frame_shift, num_frames) if coarse else power
 
     def filtered_power(self, frames: torch.Tensor, k: int) -> torch.Tensor:
-        """Frames (B, L, w_k) -> power (B, L, G * F), averaged to the grid where their hop is the finer one."""
-        # The transform zero-pads each frame on its right: a shift of phase, which power does not see.
-        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"), n=fft_length(self.window_lengths[k]))
-        power = spectrum.real.square() + spectrum.imag.square()
+        """Frames (B, L, n_fft_k) -> power (B, L, G * F), averaged to the grid where their hop is the finer one."""
+        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"))
+        power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
         # Bank and grid are both linear: whichever leaves less to compute goes first.
         ratio = self.frame_shift // self.hop_lengths[k]
         if ratio > 1:
             power = frames_to_grid(power, self.hop_lengths[k], self.frame_shift, frames.shape[1] // ratio)
-        return power @ getattr(self, f"bank_{k}")
+        return linear(power, getattr(self, f"bank_{k}"))
 
     def forward(
         self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
