@@ -46,7 +46,7 @@ from .hub_stand_in import HubStandIn
 
 REPO = "someone/cat"
 TOKEN, FOREIGN_TOKEN = "hf_someone", "hf_another"
-CODE = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "mrmf.py"}
+CODE = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "linear.py", "mrmf.py"}
 CHECKPOINT = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
 
 # Any import of the package fails, as it does for a user who has only transformers.

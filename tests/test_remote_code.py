@@ -62,7 +62,7 @@ def use(folder, again, cache) -> None:
 
 
 def test_loads_runs_and_saves_without_the_package(checkpoint, tmp_path):
-    code = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "mrmf.py"}
+    code = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "linear.py", "mrmf.py"}
     assert {path.name for path in checkpoint.glob("*.py")} == code
     use(checkpoint, tmp_path / "first", tmp_path / "cache")
     use(tmp_path / "first", tmp_path / "second", tmp_path / "cache")
