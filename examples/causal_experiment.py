@@ -54,8 +54,11 @@ for estimator in ("interventional", "closed_form"):
             "causal_estimator": estimator,
         }
     # The mean over the features makes a gradient small: a weight near their number is the sum of eq. 8.
-    VARIANTS[f"l_c {estimator} 30"] = {**VARIANTS[f"l_c {estimator} 1"], "causal_loss_weight": 30.0}
-    VARIANTS[f"l_c {estimator} 1, l_rs"] = {**VARIANTS[f"l_c {estimator} 1"], "reconstruction_loss_weight": 1.0}
+    for weight in (30.0, 100.0):
+        VARIANTS[f"l_c {estimator} {weight:g}"] = {**VARIANTS[f"l_c {estimator} 1"], "causal_loss_weight": weight}
+    for weight in ("1", "30"):
+        variant = VARIANTS[f"l_c {estimator} {weight}"]
+        VARIANTS[f"l_c {estimator} {weight}, l_rs"] = {**variant, "reconstruction_loss_weight": 1.0}
 
 
 class Corpus:
