@@ -76,7 +76,7 @@ def test_loading_leaves_no_buffer_in_uninitialised_memory(tmp_path, poisoned_mem
     loaded = CATForAudioClassification.from_pretrained(save_small_checkpoint(tmp_path))
     fresh = CATForAudioClassification(small_config())
     constants = {name for name, _ in fresh.named_buffers()} - fresh.state_dict().keys()
-    assert any("linear", "mrmf" in name for name in constants) and any("index" in name for name in constants)
+    assert any("mrmf" in name for name in constants) and any("index" in name for name in constants)
     for name in constants:
         assert torch.equal(loaded.get_buffer(name), fresh.get_buffer(name)), name
     with torch.no_grad():
