@@ -17,7 +17,6 @@ from .configuration_cat import (
     WINDOW_LENGTHS,
     validate_mrmf,
 )
-from .linear import linear
 
 SLICE = 2**13  # frames of the grid that are transformed at once: the spectra of an hour would take gigabytes
 MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
@@ -168,7 +167,7 @@ class MRMFSpectrogram(nn.Module):
         ratio = self.frame_shift // self.hop_lengths[k]
         if ratio > 1:
             power = frames_to_grid(power, self.hop_lengths[k], self.frame_shift, frames.shape[1] // ratio)
-        return linear(power, getattr(self, f"bank_{k}"))
+        return nn.functional.linear(power, getattr(self, f"bank_{k}"))
 
     def forward(
         self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
