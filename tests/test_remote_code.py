@@ -73,8 +73,9 @@ def test_loads_runs_and_saves_without_the_package(checkpoint, tmp_path):
         expected = CATForAudioClassification.from_pretrained(checkpoint)(**batch)
     for folder in ("first", "second"):
         outputs = load_file(tmp_path / folder / "outputs.safetensors")
-        assert (outputs["logits"] == expected.logits).all()
-        assert (outputs["latents"] == expected.pooler_output).all()
+        # Another process may sum in another order.
+        torch.testing.assert_close(outputs["logits"], expected.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs["latents"], expected.pooler_output, atol=1e-5, rtol=1e-5)
         assert {path.name for path in (tmp_path / folder).glob("*.py")} == code
 
 
