@@ -34,7 +34,7 @@ def small_config(**overrides) -> CATConfig:
         "num_heads": (2, 4, 8),
         "exchange_dim": 4,
         "depthwise_kernel_size": 3,
-        "stem_depth": 1,
+        "stem_channels": (8, 8),
         "num_labels": 5,
     }
     return CATConfig(**{**arguments, **overrides})

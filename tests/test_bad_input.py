@@ -495,7 +495,7 @@ class TestConfiguration:
         "patch_size": st.tuples(sizes, sizes),
         "embed_dim": sizes,
         "exchange_dim": st.sampled_from([0, 1, 3, 4]),
-        "stem_depth": st.integers(0, 2),
+        "stem_channels": st.sampled_from([(), (4,), (4, 8)]),
         "depths": st.lists(st.integers(0, 2), max_size=3),
         "num_heads": lists,
         "window_size": st.sampled_from([None, 0, 1, 2, 3, 4, 7, 8]),

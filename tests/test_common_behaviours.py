@@ -843,7 +843,7 @@ def test_flex_attention_with_grads(model_class, implementation):
 
 @pytest.mark.slow
 def test_sdpa_can_compile_dynamic():
-    model = build(CATForAudioClassification, depths=(2, 1), num_heads=(2, 4), depthwise_kernel_size=0, stem_depth=0)
+    model = build(CATForAudioClassification, depths=(2, 1), num_heads=(2, 4), depthwise_kernel_size=0, stem_channels=())
     torch.compiler.reset()
     compiled = torch.compile(model, dynamic=True, backend="aot_eager")
     with torch.no_grad():

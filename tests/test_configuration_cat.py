@@ -39,6 +39,7 @@ def test_derived_values_follow_an_override(tmp_path):
         ({"f_min": 15_000}, r"15000"),
         ({"sampling_rate": 16_000}, r"14000.0 Hz.*8000.0 Hz"),
         ({"patch_size": (4, 65)}, r"64 must be a multiple of the patch's 65"),
+        ({"stem_channels": (8, 8, 8)}, r"\(8, 8\), not \(4, 4\)"),
         ({"patch_size": (0, 4)}, r"\(0, 4\)"),
         ({"hop_lengths": (160, 320, 500)}, r"500 .* 320"),
         ({"hop_lengths": (160, 320, 3200)}, r"3200 .* 1600"),

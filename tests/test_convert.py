@@ -55,6 +55,20 @@ def test_two_equal_filters_give_the_source_too():
     torch.testing.assert_close(ours, source(image).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
+def test_what_the_source_does_not_have_starts_as_the_identity():
+    source = swin()
+    plain, model = (
+        CATModel(cat_config(stem_channels=channels, depthwise_kernel_size=kernel)).eval()
+        for channels, kernel in (((), 0), ((4, 4), 3))
+    )
+    features = torch.randn(1, 32, 384)
+    assert not torch.allclose(model(features).pooler_output, plain(features).pooler_output, atol=1e-2)
+    plain.embeddings.exchange = model.embeddings.exchange
+    for each in (plain, model):
+        load_trunk(each, source)
+    torch.testing.assert_close(model(features).pooler_output, plain(features).pooler_output, atol=1e-5, rtol=1e-5)
+
+
 def test_htsat_is_exact_up_to_its_transposition():
     source = clap()
     config = cat_config(filters=("mel",), window_lengths=(800,), hop_lengths=(320,), exchange_dim=0)

@@ -110,7 +110,7 @@ def test_export_leaves_the_model_as_it_was(exported):
     ids=["global_attention", "one_spectrogram"],
 )
 def test_other_architectures_export(tmp_path, overrides):
-    model = make_model(stem_depth=0, reconstruction_loss_weight=0.0, **overrides)
+    model = make_model(stem_channels=(), reconstruction_loss_weight=0.0, **overrides)
     export(model, tmp_path, inputs="features", format="torch_export")
     assert_equal_outputs(tmp_path, model, load_graph(tmp_path / "model.pt2"), [noise(1), noise(99_999), noise(40_000)])
 
@@ -178,7 +178,7 @@ def test_script_and_the_ten_lines_of_its_docstring(tmp_path, monkeypatch, capsys
     monkeypatch.delitem(sys.modules, "export", raising=False)
     script = importlib.import_module("export")
     monkeypatch.chdir(tmp_path)
-    model = make_model(depths=(1,), num_heads=(2,), stem_depth=0)
+    model = make_model(depths=(1,), num_heads=(2,), stem_channels=())
     model.config.id2label = {i: f"sound {i}" for i in range(5)}
     model.save_pretrained("runs/esc10")
     soundfile.write("dog.wav", noise(48_001), 32_000, subtype="FLOAT")

@@ -9,8 +9,8 @@ from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassifi
 from transformers_cat.causal import causal_loss, conditional_pns
 from transformers_cat.modeling_cat import (
     CATAttention,
+    CATBatchNorm,
     CATDropPath,
-    CATFeatureNorm,
     CATLinear,
     CATPositionEmbedding,
     attention_mask_of_windows,
@@ -185,7 +185,7 @@ def test_patches_are_projected_as_by_a_convolution():
 def test_embedding_is_the_sum_over_the_resolutions():
     """Patch, position and exchange of each resolution by itself, and then their sum."""
     torch.manual_seed(0)
-    embeddings = awaken(CATModel(small_config(stem_depth=0))).embeddings.eval()
+    embeddings = awaken(CATModel(small_config(stem_channels=()))).embeddings.eval()
     features = torch.randn(2, 40, 384)
     images = features.unflatten(2, (2, 3, 64)).permute(2, 3, 0, 1, 4)  # (G, K, B, T, F)
     grid, levels = embeddings.position(10, 16)
@@ -227,8 +227,8 @@ def test_linear_layers_are_matrix_products(bias):
 
 def test_what_is_added_to_swin_starts_as_the_identity():
     torch.manual_seed(0)
-    full = CATModel(small_config())
-    plain = CATModel(small_config(depthwise_kernel_size=0, stem_depth=0, exchange_dim=0))
+    full = CATModel(small_config(stem_channels=()))
+    plain = CATModel(small_config(depthwise_kernel_size=0, stem_channels=(), exchange_dim=0))
     plain.load_state_dict(full.state_dict(), strict=False)
     features = torch.randn(1, 24, 384)
     torch.testing.assert_close(full.eval()(features).pooler_output, plain.eval()(features).pooler_output)
@@ -268,7 +268,13 @@ VARIANTS = {
     "global kernel": {"depths": (2,), "num_heads": (2,), "window_size": None},
     "one filter": {"filters": ("linear",)},
     "one resolution": {"window_lengths": (800,), "hop_lengths": (320,)},
-    "the paper's patches": {"patch_size": (1, 64), "depths": (2, 1), "num_heads": (2, 4), "window_size": 4},
+    "the paper's patches": {
+        "patch_size": (1, 64),
+        "stem_channels": (),
+        "depths": (2, 1),
+        "num_heads": (2, 4),
+        "window_size": 4,
+    },
     "no position": {"use_position_embedding": False, "exchange_dim": 0},
 }
 
@@ -335,11 +341,11 @@ def test_any_length(small_model, frames):
         assert torch.isfinite(small_model(torch.randn(1, frames, 384)).logits).all()
 
 
-def test_feature_norm_is_batch_norm_over_the_frames_that_hold_audio():
+def test_batch_norm_is_over_the_frames_that_hold_audio():
     torch.manual_seed(0)
     features = torch.randn(3, 20, 8) * 3 - 5
     mask = torch.arange(20) < torch.tensor([20, 11, 4])[:, None]
-    norm, reference = CATFeatureNorm(8), nn.BatchNorm1d(8, affine=False)
+    norm, reference = CATBatchNorm(8, affine=False), nn.BatchNorm1d(8, affine=False)
     output = norm(features, mask)
     expected = reference(features[mask])
     torch.testing.assert_close(output[mask], expected, atol=1e-5, rtol=1e-5)
@@ -355,6 +361,41 @@ def test_feature_norm_is_batch_norm_over_the_frames_that_hold_audio():
     norm.eval(), reference.eval()
     reference.running_mean, reference.running_var = norm.running_mean, norm.running_var
     torch.testing.assert_close(norm(features, mask)[mask], reference(features[mask]), atol=1e-5, rtol=1e-5)
+
+
+def test_batch_norm_of_token_maps_is_torchs_with_its_gradients():
+    torch.manual_seed(0)
+    norm, reference = awaken(CATBatchNorm(8)), nn.BatchNorm2d(8)
+    reference.load_state_dict(norm.state_dict())
+    features = (torch.randn(3, 10, 4, 8) * 3 - 5).requires_grad_()
+    mask = torch.arange(12) < torch.tensor([10, 10, 10])[:, None]
+    weight = torch.randn(3, 10, 4, 8)
+    expected = reference(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    gradients = torch.autograd.grad((expected * weight).sum(), [features, *reference.parameters()])
+    padded = nn.functional.pad(features, (0, 0, 0, 0, 0, 2), value=99.0)
+    for output in (norm(features), norm(padded, mask)[:, :10]):
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+        found = torch.autograd.grad((output * weight).sum(), [features, *norm.parameters()])
+        torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_stem_is_a_chain_of_strided_convolutions_added_to_the_patches():
+    torch.manual_seed(0)
+    model = awaken(CATModel(small_config())).eval()
+    stem = model.embeddings.stem
+    images = torch.randn(2, 13, 64, 3)
+    expected = images.permute(0, 3, 1, 2)
+    for convolution, norm in zip(stem.convolutions, stem.norms):
+        expected = nn.functional.conv2d(expected, convolution.weight, stride=2, padding=1)
+        arguments = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        expected = nn.functional.batch_norm(expected, *arguments).relu()
+    expected = stem.output(expected.permute(0, 2, 3, 1))
+    assert expected.shape[1:3] == (4, 16)
+    torch.testing.assert_close(stem(images, None), expected, atol=1e-4, rtol=1e-4)
+    features = torch.randn(1, 12, 384)
+    with_stem = model.embeddings(features, None)
+    model.embeddings.stem = None
+    assert not torch.allclose(model.embeddings(features, None), with_stem, atol=1e-3)
 
 
 def test_stochastic_depth_drops_whole_branches_and_keeps_the_mean():

@@ -126,8 +126,9 @@ class CATConfig(PreTrainedConfig):
         exchange_dim (`int`, defaults to 16): Width of the attention between the resolutions at one time and
             frequency; 0 leaves it out.
         use_position_embedding (`bool`, defaults to `True`): The 3-D position embedding of eq. 3.
-        stem_depth (`int`, defaults to 0): 3x3 convolutions of a residual stem beside the patch embedding, which
-            starts as zero; 0 leaves it out.
+        stem_channels (`tuple[int, ...]`, defaults to `()`): Channels of the 3x3 convolutions of a residual stem beside
+            the patch embedding. Each halves time and frequency, so n of them need a patch of `(2**n, 2**n)`; none
+            leaves the stem out. Beside pre-trained weights it starts as zero.
 
     Trunk (Fig. 1):
 
@@ -190,7 +191,7 @@ class CATConfig(PreTrainedConfig):
     embed_dim: int = 96
     exchange_dim: int = 16
     use_position_embedding: bool = True
-    stem_depth: int = 0
+    stem_channels: list[int] | tuple[int, ...] = ()
 
     depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
     num_heads: list[int] | tuple[int, ...] = (4, 8, 16, 32)
@@ -293,7 +294,6 @@ class CATConfig(PreTrainedConfig):
             0,
             MAX_SIZE,
             exchange_dim=self.exchange_dim,
-            stem_depth=self.stem_depth,
             depthwise_kernel_size=self.depthwise_kernel_size,
         )
         if self.window_size is not None:
@@ -328,6 +328,15 @@ class CATConfig(PreTrainedConfig):
             )
         if self.use_position_embedding and self.embed_dim % 2:
             raise ValueError(f"`embed_dim` {self.embed_dim} must be even: eq. 3 pairs a sine with each cosine.")
+
+        if self.stem_channels:
+            validate_integers(1, MAX_SIZE, stem_channels=self.stem_channels)
+            side = 2 ** len(self.stem_channels)
+            if tuple(self.patch_size) != (side, side):
+                raise ValueError(
+                    f"A stem of {len(self.stem_channels)} convolutions (`stem_channels` {self.stem_channels}) halves "
+                    f"both axes as often: it needs a `patch_size` of ({side}, {side}), not {self.patch_size}."
+                )
 
     def _validate_stages(self) -> None:
         if len(self.depths) != len(self.num_heads) or len(self.depths) == 0:

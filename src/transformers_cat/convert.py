@@ -93,9 +93,12 @@ def load_trunk(model: CATModel | CATForAudioClassification, source: PreTrainedMo
             )
         parameter.copy_(value)
         (report.adapted if how else report.exact).append(f"{name}: {how}" if how else name)
-    position = model.embeddings.position
+    # What the source does not have starts as the identity.
+    position, stem = model.embeddings.position, model.embeddings.stem
     if position is not None:
         nn.init.zeros_(position.gate)
+    if stem is not None:
+        nn.init.zeros_(stem.output.weight)
     report.unused += sorted(set(weights) - weights.used)
     return report
 

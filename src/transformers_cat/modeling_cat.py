@@ -185,21 +185,17 @@ def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Ten
 # Features to tokens
 
 
-class CATFeatureNorm(nn.BatchNorm1d):
-    """Batch norm of the MRMF over (filter, resolution, bin), without padding in its statistics.
-
-    It has no affine map, since a projection follows.
-    """
-
-    def __init__(self, feature_size: int):
-        super().__init__(feature_size, affine=False)
+class CATBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last dimension, in float32, without padding in its statistics."""
 
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T, G * K * F), mask (B, T) bool or `None` -> (B, T, G * K * F) float32, zero on padding."""
+        """(B, T, ..., C), mask (B, T) bool or `None` -> the same shape in float32, zero on padding."""
         features = features.float()
-        weight = None if frame_mask is None else frame_mask[..., None].float()
+        weight = None
+        if frame_mask is not None:
+            weight = frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
         if self.training:
-            mean, variance, count = self._statistics(features.detach(), weight)
+            mean, variance, count = self._statistics(features, weight)
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
@@ -209,17 +205,24 @@ class CATFeatureNorm(nn.BatchNorm1d):
                 self.running_var.copy_(torch.lerp(self.running_var.float(), unbiased, rate))
         else:
             mean, variance = self.running_mean.float(), self.running_var.float()
-        features = (features - mean) * (variance + self.eps).rsqrt()
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight.float()
+        features = (features - mean) * scale
+        if self.affine:
+            features = features + self.bias.float()
         return features if weight is None else features * weight
 
     @staticmethod
     def _statistics(features: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Mean and variance over the frames that hold audio, (G * K * F,) each, and the number of these frames."""
+        """Mean and variance over what holds audio, (C,) each, and of how many values."""
+        dims = tuple(range(features.ndim - 1))
         if weight is None:
-            weight = features.new_ones(*features.shape[:2], 1)
-        count = weight.sum().clamp(min=1)
-        mean = (features * weight).sum((0, 1)) / count
-        return mean, ((features - mean).square() * weight).sum((0, 1)) / count, count
+            variance, mean = torch.var_mean(features, dims, correction=0)
+            return mean, variance, torch.tensor(features.numel() // features.shape[-1], device=features.device)
+        count = (weight.sum() * (features.shape[2:-1].numel())).clamp(min=1)
+        mean = (features * weight).sum(dims) / count
+        return mean, ((features - mean).square() * weight).sum(dims) / count, count
 
 
 class CATPositionEmbedding(nn.Module):
@@ -288,31 +291,34 @@ class CATResolutionExchange(nn.Module):
 
 
 class CATStem(nn.Module):
-    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, then patches of them.
+    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, each halving both axes.
 
-    What it adds to the patch embedding starts as zero.
+    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality. What
+    it adds to the patch embedding has the scale of that, but starts as zero beside pre-trained weights.
     """
 
     def __init__(self, config: CATConfig):
         super().__init__()
-        width = config.embed_dim // 2
-        channels = [config.num_resolutions] + [width] * config.stem_depth
+        channels = [config.num_resolutions, *config.stem_channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(channels, channels[1:])
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            for before, after in zip(channels, channels[1:])
         )
         for convolution in self.convolutions:
             convolution.initial_std = (2 / convolution.weight[0].numel()) ** 0.5  # He et al., 2015
-        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for _ in channels[1:])
-        self.output = nn.Conv2d(width, config.embed_dim, tuple(config.patch_size), stride=tuple(config.patch_size))
-        self.output.initial_std = 0.0
-        self.activation = ACT2FN[config.hidden_act]
+        self.norms = nn.ModuleList(CATBatchNorm(width) for width in channels[1:])
+        self.activation = nn.ReLU()
+        self.output = CATLinear(channels[-1], config.embed_dim)
+        self.output.initial_std = (2 / channels[-1]) ** 0.5
 
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
-        """(B, K, T, F), mask (B, T) -> (B, t, f, C)."""
+        """(B, T, F, K), mask (B, T) -> (B, t, f, C)."""
         for convolution, norm in zip(self.convolutions, self.norms):
-            features = self.activation(norm(convolution(features).permute(0, 2, 3, 1)))
-            features = zero_padding(features, frame_mask).permute(0, 3, 1, 2)
-        return self.output(pad_time(features, self.output.stride[0], 2)).permute(0, 2, 3, 1)
+            # Channels last, as it comes: the permutations move no data.
+            features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
+            frame_mask = any_of(frame_mask, 2)
+            features = zero_padding(self.activation(norm(features, frame_mask)), frame_mask)
+        return self.output(features.to(self.output.weight.dtype))
 
 
 class CATPatchProjection(nn.Conv2d):
@@ -350,7 +356,7 @@ class CATEmbeddings(nn.Module):
         self.projection.initial_std = self.projection.weight[0].numel() ** -0.5
         self.position = CATPositionEmbedding(config) if config.use_position_embedding else None
         self.exchange = CATResolutionExchange(config) if config.exchange_dim and config.num_resolutions > 1 else None
-        self.stem = CATStem(config) if config.stem_depth else None
+        self.stem = CATStem(config) if config.stem_channels else None
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -367,7 +373,7 @@ class CATEmbeddings(nn.Module):
             tokens = tokens + self.exchange(patches, position)
         if self.stem is not None:
             mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
-            images = torch.cat(features.permute(2, 0, 3, 1, 4).unbind())  # (G * B, K, T, F)
+            images = torch.cat(features.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
             tokens = tokens + self.stem(images, mask).unflatten(0, tokens.shape[:2])
         return self.dropout(self.norm(tokens))
 
@@ -642,13 +648,14 @@ class CATPreTrainedModel(PreTrainedModel):
         initial_std = getattr(module, "initial_std", None)
         if initial_std is not None:
             init.normal_(module.weight, std=initial_std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             return
         super()._init_weights(module)
         if isinstance(module, MRMFSpectrogram):
             for name, constant in module.constants().items():
                 init.copy_(getattr(module, name), constant)
-        elif isinstance(module, CATFeatureNorm):
+        elif isinstance(module, CATBatchNorm):
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, CATResolutionExchange):
             # Patches of unit variance give queries, keys and values of unit variance.
@@ -682,7 +689,7 @@ class CATModel(CATPreTrainedModel):
     def __init__(self, config: CATConfig):
         super().__init__(config)
         self.mrmf = MRMFSpectrogram(**{name: getattr(config, name) for name in MRMF_ARGUMENTS})
-        self.feature_norm = CATFeatureNorm(config.feature_size)
+        self.feature_norm = CATBatchNorm(config.feature_size, affine=False)  # a projection follows
         self.embeddings = CATEmbeddings(config)
         blocks = sum(config.depths)
         rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
