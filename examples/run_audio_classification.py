@@ -384,6 +384,7 @@ def load_model(
     model_args: ModelArguments, config: PreTrainedConfig, names: list[str], problem_type: str
 ) -> PreTrainedModel:
     """A model for the given classes, with a checkpoint's weights or new ones."""
+    known = [config.id2label[i] for i in range(config.num_labels)]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type  # never inferred: mixup's labels are floats in a single-label problem too
@@ -393,12 +394,26 @@ def load_model(
             report = load_trunk(model, model_args.init_from, cache_dir=model_args.cache_dir, token=model_args.token)
             logger.info("Started from %s: %s", model_args.init_from, report)
         return model
-    return AutoModelForAudioClassification.from_pretrained(
+    model = AutoModelForAudioClassification.from_pretrained(
         model_args.model_name_or_path,
         config=config,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
         **_hub_arguments(model_args),
     )
+    if known != names and len(known) == len(names):  # another number has replaced the head already
+        renew_head(model)
+        logger.warning("The checkpoint knows other classes (%s, ...): its head is replaced by a new one.", known[0])
+    return model
+
+
+@torch.no_grad()
+def renew_head(model: PreTrainedModel) -> None:
+    """New weights for the linear layers outside of the body that give one score for each class."""
+    for name, module in model.named_modules():
+        outside = not name.startswith(f"{model.base_model_prefix}.")
+        if outside and isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels:
+            torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+            torch.nn.init.zeros_(module.bias)
 
 
 def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, include_code
 
 from .conftest import awaken, small_config
 
@@ -84,3 +84,21 @@ def test_the_package_comes_before_the_code(checkpoint):
     assert type(model) is CATForAudioClassification
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForAudioClassification"}
+
+
+def test_what_is_saved_without_code_names_none(checkpoint, tmp_path, monkeypatch):
+    for cls in (CATConfig, CATForAudioClassification, CATFeatureExtractor):
+        monkeypatch.setattr(cls, "_auto_class", None)
+    model = CATForAudioClassification.from_pretrained(checkpoint)
+    extractor = CATFeatureExtractor.from_pretrained(checkpoint)
+    assert model.config.auto_map and extractor.auto_map
+    model.config.auto_map["AutoModel"] = "user/repository--modeling_cat.CATModel"
+    for part in (model, extractor):
+        part.save_pretrained(tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*.py"))
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["auto_map"] == {"AutoModel": "user/repository--modeling_cat.CATModel"}
+    assert "auto_map" not in json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
+    with include_code(model, extractor):
+        model.save_pretrained(tmp_path / "with_code")
+    assert (tmp_path / "with_code" / "modeling_cat.py").is_file()

@@ -39,6 +39,16 @@ MRMF_ARGUMENTS = (
 )
 
 
+def drop_local_code(owner: Any) -> None:
+    """Removes from `owner.auto_map` what names code files beside a configuration: another folder would lack them.
+
+    Entries of the form "user/repository--file.Class" name code of the Hub, and stay.
+    """
+    auto_map = vars(owner).pop("auto_map", None) or {}
+    if remote := {name: code for name, code in auto_map.items() if "--" in code}:
+        owner.auto_map = remote
+
+
 def validate_integers(low: int, high: int, **values: Any) -> None:
     """Integers, or lists of them, by name: all from `low` to `high`."""
     for name, value in values.items():

@@ -16,6 +16,7 @@ from .configuration_cat import (
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
+    drop_local_code,
     validate_integers,
     validate_numbers,
 )
@@ -93,6 +94,12 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         """The arguments, without the filter banks and windows that follow from them."""
         dictionary = {name: value for name, value in self.__dict__.items() if name != "_mrmf"}
         return {**dictionary, "feature_extractor_type": type(self).__name__}
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in transformers; but what is saved without its code does not name files that it lacks."""
+        if self._auto_class is None:
+            drop_local_code(self)
+        return super().save_pretrained(*args, **kwargs)
 
     def __call__(
         self,

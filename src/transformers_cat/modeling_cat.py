@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
-from .configuration_cat import MRMF_ARGUMENTS, CATConfig
+from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
 from .linear import CATLinear, linear
 from .mrmf import MRMFSpectrogram
 
@@ -681,6 +681,12 @@ class CATPreTrainedModel(PreTrainedModel):
             )
         kwargs["use_safetensors"] = True
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers; but what is saved without its code does not name files that it lacks."""
+        if self._auto_class is None:
+            drop_local_code(self.config)
+        super().save_pretrained(*args, **kwargs)
 
 
 class CATModel(CATPreTrainedModel):

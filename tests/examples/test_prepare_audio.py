@@ -132,3 +132,17 @@ def test_m4a(script, folder, tmp_path):
     flags = ["--data", str(clip.parents[1]), "--output_dir", str(output), "--num_workers", "1"]
     assert script.main(flags)["written"] == 1
     assert abs(len(decode_audio(load_audio_dataset(output)["train"], RATE)[0]["audio"]) - RATE) < 4096
+
+
+def test_audioset_keeps_its_balanced_split(script, tmp_path):
+    root, output = tmp_path / "audioset", tmp_path / "out"
+    root.mkdir()
+    (root / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/a,"A"\n1,/m/b,"B"\n')
+    for split, videos in (("balanced_train", "ab"), ("unbalanced_train", "cde"), ("eval", "f")):
+        (root / f"{split}_segments.csv").write_text("".join(f'{v}, 0.000, 10.000, "/m/a"\n' for v in videos))
+        for video in videos.replace("e", ""):  # one clip is missing
+            soundfile.write(root / f"{video}.wav", np.full(RATE // 10, 0.1), RATE)
+    counts = script.main(["--data", str(root), "--output_dir", str(output), "--num_workers", "1"])
+    assert counts == {"listed": 6, "missing": 1, "unreadable": 0, "written": 5}
+    splits = load_audio_dataset(output)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "balanced_train": 2, "test": 1}

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, SwinConfig, SwinModel
 
-from transformers_cat import load_audio
+from transformers_cat import CATForAudioClassification, load_audio
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
 TONES = {"low": 300, "middle": 1200, "high": 4800}  # Hz
@@ -577,6 +577,18 @@ class TestLabels:
 
     def test_other_classes_make_a_new_head(self, script):
         assert script.choose_labels(self.Config, ["a", "b"], from_scratch=False, do_train=True) == ["a", "b"]
+
+    @pytest.mark.parametrize(("names", "kept"), [(["x", "y", "z"], False), (["high", "low", "middle"], True)])
+    def test_as_many_other_classes_make_a_new_head_too(self, script, run, names, kept):
+        model_args, _, _ = script.parse_arguments(
+            ["--data", "x", "--output_dir", "y", "--do_eval", "--model_name_or_path", str(run[0])]
+        )
+        model = script.load_model(model_args, script.load_config(model_args), names, script.SINGLE_LABEL)
+        before = CATForAudioClassification.from_pretrained(run[0])
+        assert torch.equal(model.classifier.weight, before.classifier.weight) == kept
+        assert model.classifier.weight.abs().max() > 0 and list(model.config.id2label.values()) == names
+        for (name, ours), theirs in zip(model.cat.named_parameters(), before.cat.parameters()):
+            assert torch.equal(ours, theirs), name
 
     def test_evaluation_on_some_of_the_classes(self, script):
         assert script.choose_labels(self.Config, ["a", "b"], from_scratch=False, do_train=False) == ["c", "a", "b"]
