@@ -10,6 +10,8 @@ import numpy as np
 
 from .configuration_cat import SAMPLING_RATE, validate_integers
 
+# Of the files that a folder is searched for; a file named by hand may have any.
+AUDIO_SUFFIXES = {f".{name}" for name in "wav flac ogg oga opus mp3 aif aiff au m4a aac wma webm mp4".split()}
 MAX_RATE_RATIO = 100  # between two sampling rates: what lies further apart is a damaged header
 MAX_RATE_TERM = 2000  # of the ratio's fraction: torchaudio's filters hold the product of its two terms
 

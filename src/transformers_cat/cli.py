@@ -11,46 +11,50 @@ import argparse
 import csv
 import glob
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from math import prod
 from pathlib import Path
 
-import numpy as np
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
-from transformers import AutoConfig, AutoFeatureExtractor, Pipeline, pipeline
+from transformers import AutoConfig, Pipeline, pipeline
 from transformers.utils.logging import disable_progress_bar
 
-from .audio import load_audio
+from .audio import AUDIO_SUFFIXES, load_audio
 from .configuration_cat import MRMF_ARGUMENTS
 
 SHIPPED = Path(__file__).with_name("checkpoints") / "cat-nano-esc10"  # in a checkout, a link into model_cards/
-SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".aif", ".aiff", ".webm", ".mp4"}
+# By itself, the pipeline applies the softmax to everything up to transformers 5.22.
+FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
+
+# What `info` shows of a configuration: the sizes of CAT, and the names that most other models have for theirs.
 ARCHITECTURE = ("patch_size", "embed_dim", "stem_channels", "depths", "num_heads", "window_size")
+ARCHITECTURE += ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# What a feature extractor's file holds besides the front end.
+BOOKKEEPING = {"feature_extractor_type", "processor_class", "auto_map", "padding_side", "return_attention_mask"}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: saved, but no parameters
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
+def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files, the audio files of folders and what lies below them, and matches of globs; each once, in this order.
 
-    Raises:
-        FileNotFoundError: A pattern names nothing.
+    Returns:
+        The files, and the patterns that name none.
     """
-    found = []
+    found, missing = [], []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        else:
-            matches = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-            matches = [match for match in matches if match.is_file()]
-        if not matches:
-            kind = "audio files in the folder" if path.is_dir() else "file"
-            raise FileNotFoundError(f"There is no {kind} {pattern}.")
+        # A name that looks like a glob, such as "take [1].wav", may be that of a file.
+        paths = [Path(pattern)] if os.path.exists(pattern) else sorted(map(Path, glob.glob(pattern, recursive=True)))
+        matches = [file for path in paths for file in ([path] if path.is_file() else _files_below(path))]
         found += matches
-    return list(dict.fromkeys(found))
+        if not matches:
+            missing.append(pattern)
+    return list(dict.fromkeys(found)), missing
 
 
 def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_size: int) -> Iterator[tuple]:
@@ -60,9 +64,8 @@ def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_
         (file, seconds of audio, scores as the pipeline gives them, `None`), or (file, 0, `None`, what went wrong).
     """
     rate = classifier.feature_extractor.sampling_rate
-    options = {"top_k": top}
-    if classifier.model.config.problem_type == "multi_label_classification":
-        options["function_to_apply"] = "sigmoid"  # by itself the pipeline knows that from transformers 5.23 on
+    function = FUNCTIONS.get(classifier.model.config.problem_type, "softmax")
+    options = {"top_k": top, "function_to_apply": function}
     files = iter(files)
     while batch := list(islice(files, batch_size)):
         clips, scores, errors = {}, {}, {}
@@ -88,72 +91,135 @@ def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_
 
 
 def classify(arguments: argparse.Namespace) -> int:
-    """`transformers-cat classify`: 0, or 1 if a file could not be read, or 2 if there are none."""
-    try:
-        files = find_files(arguments.files)
-    except FileNotFoundError as error:
-        print(f"{error} Pass files, folders or globs.", file=sys.stderr)
+    """`transformers-cat classify`: 0, or 1 if a file could not be classified, or 2 if there is none or no model."""
+    files, missing = find_files(arguments.files)
+    for pattern in missing:
+        print(f"{pattern}: there is no such file, nor an audio file in such a folder", file=sys.stderr)
+    if not files:
+        print("No file to classify: pass files, folders or globs.", file=sys.stderr)
         return 2
-    classifier = pipeline("audio-classification", model=str(arguments.model), device=arguments.device)
-    rows = csv.writer(sys.stdout)
+    try:
+        classifier = pipeline("audio-classification", model=str(arguments.model), device=arguments.device)
+    except Exception as error:  # what can be wrong with a checkpoint is up to its model
+        return _refuse(arguments.model, error)
+    rows = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
-        rows.writerow(["file", "label", "score"])
+        rows.writerow(["file", "rank", "label", "score"])
     failed, heard, start = 0, 0.0, time.perf_counter()
     results = classify_files(classifier, files, arguments.top, arguments.batch_size)
     for file, seconds, scores, error in tqdm(results, total=len(files), unit="file", disable=None, leave=False):
         heard += seconds
-        if error is not None:
-            failed += 1
-            tqdm.write(f"{file}: {error}", file=sys.stderr)
-        elif arguments.json:
-            print(json.dumps({"file": str(file), "scores": scores}, ensure_ascii=False), flush=True)
-        elif arguments.csv:
-            rows.writerows([file, item["label"], f"{item['score']:.6f}"] for item in scores)
-        else:
-            print(f"{file}: " + ", ".join(f"{item['label']} {item['score']:.2f}" for item in scores), flush=True)
+        with tqdm.external_write_mode():  # or the line would be written into the bar
+            if error is not None:
+                failed += 1
+                print(f"{file}: {error}", file=sys.stderr)
+            elif arguments.json:
+                print(json.dumps({"file": str(file), "scores": scores}))
+            elif arguments.csv:
+                rows.writerows([file, rank, item["label"], item["score"]] for rank, item in enumerate(scores, 1))
+            else:
+                print(f"{file}: " + ", ".join(f"{item['label']} {item['score']:.2f}" for item in scores))
+            sys.stdout.flush()
     elapsed = time.perf_counter() - start
-    print(f"{heard:.1f} s of audio in {elapsed:.2f} s; {failed} of {len(files)} files failed", file=sys.stderr)
-    return int(failed > 0)
+    done = f"{len(files) - failed} of {len(files)} files"
+    print(f"{done}, {heard:.1f} s of audio, in {elapsed:.2f} s", file=sys.stderr)
+    return int(failed > 0 or len(missing) > 0)
 
 
 def describe(model: str | Path) -> dict:
-    """What a checkpoint is, from its configuration, its card and the header of its weights, which are not loaded."""
-    folder = Path(model if Path(model).is_dir() else snapshot_download(str(model)))
-    config, extractor = AutoConfig.from_pretrained(folder), AutoFeatureExtractor.from_pretrained(folder)
-    parameters = size = 0
-    for weights in folder.glob("*.safetensors"):
-        size += weights.stat().st_size
-        with safe_open(weights, framework="np") as tensors:
-            parameters += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())
-    front_end = [name for name in MRMF_ARGUMENTS if hasattr(extractor, name)]
-    card = folder / "README.md"
-    results = (ModelCard.load(card).data.eval_results or []) if card.is_file() else []
+    """What a checkpoint is, from its configuration, its card and the header of its weights, which are not loaded.
+
+    Args:
+        model: Its folder, or its id on the Hub, of which all but weights in other formats is then downloaded.
+
+    Returns:
+        What `transformers-cat info --json` prints. `parameters` is `None` where there are no weights in safetensors.
+    """
+    if not Path(model).is_dir():
+        model = snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "README.md"])
+    folder = Path(model)
+    config = AutoConfig.from_pretrained(folder)
+    sizes = config.to_dict()
+    front_end = {name: sizes[name] for name in MRMF_ARGUMENTS if name in sizes}
+    if (extractor := folder / "preprocessor_config.json").is_file():
+        settings = json.loads(extractor.read_text(encoding="utf-8"))
+        front_end = {name: value for name, value in settings.items() if name not in BOOKKEEPING}
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
+    card, results = folder / "README.md", []
+    if card.is_file():
+        # Of a card that says it wrongly, the rest is worth to be shown.
+        results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
     return {
-        "model": str(model),
+        "model": str(folder),
         "model_type": config.model_type,
-        "parameters": parameters,
-        "megabytes": round(size / 1e6, 1),
+        "parameters": sum(map(_count_parameters, files)) or None,
+        "bytes": sum(file.stat().st_size for file in files),
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "problem_type": config.problem_type,
-        "front_end": {name: getattr(extractor, name) for name in front_end},
-        "architecture": {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)},
-        "results": [f"{one.metric_name}: {one.metric_value} ({one.dataset_name})" for one in results],
+        "front_end": front_end,
+        "architecture": {name: sizes[name] for name in ARCHITECTURE if name in sizes},
+        "results": [
+            {
+                "metric": one.metric_name or one.metric_type,
+                "value": one.metric_value,
+                "dataset": one.dataset_name,
+                "split": one.dataset_split,
+            }
+            for one in results
+        ],
     }
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """`transformers-cat info`."""
-    facts = describe(arguments.model)
+    """`transformers-cat info`: 0, or 2 if the model is none."""
+    try:
+        facts = describe(arguments.model)
+    except Exception as error:  # as in `classify`
+        return _refuse(arguments.model, error)
     if arguments.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts))
         return 0
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            value = "".join(f"\n  {key}: {part}" for key, part in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(value) or "none stated"
-        print(f"{name}: {value}")
+    parameters = f"{facts['parameters']:,}" if facts["parameters"] else "unknown: there are no weights in safetensors"
+    print(f"model         {facts['model']}")
+    print(f"type          {facts['model_type']}, {facts['problem_type'] or 'problem type not stated'}")
+    print(f"parameters    {parameters}")
+    print(f"weights       {facts['bytes'] / 1e6:.1f} MB")
+    print(f"labels        {len(facts['labels'])}: {', '.join(facts['labels'])}")
+    for title in ("front_end", "architecture"):
+        for index, (name, value) in enumerate(facts[title].items()):
+            value = ", ".join(map(str, value)) if isinstance(value, list) else value
+            print(f"{title.replace('_', ' ') if index == 0 else '':13} {name}: {value}")
+    for index, one in enumerate(facts["results"]):
+        where = ", ".join(filter(None, (one["dataset"], one["split"])))
+        print(f"{'results' if index == 0 else '':13} {one['metric']} {one['value']:.4g} ({where})")
+    if not facts["results"]:
+        print("results       none stated")
     return 0
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Audio files, but no hidden ones, such as the `._clip.wav` that some systems write beside `clip.wav`."""
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+
+
+def _count_parameters(file: Path) -> int:
+    """Numbers in a file of weights, by its header."""
+    with safe_open(file, framework="np") as tensors:
+        names = [name for name in tensors.keys() if not name.endswith(BUFFERS)]
+        return sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+
+
+def _refuse(model: str | Path, error: Exception) -> int:
+    """Says why a model cannot be used; the status to exit with."""
+    where = "" if Path(model).is_dir() else ", which is no folder here"
+    print(
+        f"Cannot load the model {model}{where}: {str(error).strip() or type(error).__name__}\n"
+        "Pass an id on the Hub, or a folder with config.json, preprocessor_config.json and model.safetensors.",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _positive(text: str) -> int:
@@ -170,19 +236,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("classify", help="name the sounds in files")
     command.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs")
     command.add_argument("--model", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here")
-    command.add_argument("--top", type=_positive, default=5, help="labels for each file")
+    command.add_argument("--top", type=_positive, default=5, help="labels for each file, likeliest first; default: 5")
     output = command.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="a JSON object for each file and line")
-    output.add_argument("--csv", action="store_true", help="a row for each file and label")
-    command.add_argument("--batch_size", type=_positive, default=1, help="files that are classified at once")
+    output.add_argument("--json", action="store_true", help="JSON lines: an object for each file, on a line of its own")
+    output.add_argument("--csv", action="store_true", help="a row for each file and label: file, rank, label, score")
+    command.add_argument("--batch_size", type=_positive, default=1, help="files to classify at once; default: 1")
     command.add_argument("--device", help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU")
     command.set_defaults(run=classify)
 
     command = commands.add_parser("info", help="say what a checkpoint is")
-    command.add_argument("model", nargs="?", default=SHIPPED, help="folder, or id on the Hub")
+    command.add_argument(
+        "model", nargs="?", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here"
+    )
     command.add_argument("--json", action="store_true", help="as a JSON object")
     command.set_defaults(run=info)
 
     arguments = parser.parse_args(argv)
     disable_progress_bar()  # of loading weights, which takes no time
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # who reads, like `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from .tables import AUDIO_SUFFIXES, build_dataset, keep_found, read_lines, read_rows, refuse_duplicates, some
+from ..audio import AUDIO_SUFFIXES
+from .tables import build_dataset, keep_found, read_lines, read_rows, refuse_duplicates, some
 
 INDEX = "class_labels_indices.csv"
 SEGMENTS = {

@@ -18,10 +18,9 @@ import numpy as np
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, List
 
-from ..audio import load_audio, resample
+from ..audio import AUDIO_SUFFIXES, load_audio, resample
 from .audioset import INDEX, read_audioset
 from .tables import (
-    AUDIO_SUFFIXES,
     NAMED_ITEMS,
     build_dataset,
     check_choice,

@@ -9,7 +9,6 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 logger = logging.getLogger(__name__)
 
-AUDIO_SUFFIXES = {f".{name}" for name in "wav flac ogg oga opus mp3 aif aiff au m4a aac wma webm mp4".split()}
 NAMED_ITEMS = 5  # an error names this many, then counts
 
 
