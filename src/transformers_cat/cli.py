@@ -36,7 +36,8 @@ FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
 ARCHITECTURE = ("patch_size", "embed_dim", "stem_channels", "depths", "num_heads", "window_size")
 ARCHITECTURE += ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # What a feature extractor's file holds besides the front end.
-BOOKKEEPING = {"feature_extractor_type", "processor_class", "auto_map", "padding_side", "return_attention_mask"}
+BOOKKEEPING = {"feature_extractor_type", "processor_class", "auto_map"}
+BOOKKEEPING |= {"padding_side", "padding_value", "return_attention_mask"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms: saved, but no parameters
 
 
@@ -140,10 +141,9 @@ def describe(model: str | Path) -> dict:
     folder = Path(model)
     config = AutoConfig.from_pretrained(folder)
     sizes = config.to_dict()
-    front_end = {name: sizes[name] for name in MRMF_ARGUMENTS if name in sizes}
+    settings = {name: sizes[name] for name in MRMF_ARGUMENTS if name in sizes}
     if (extractor := folder / "preprocessor_config.json").is_file():
         settings = json.loads(extractor.read_text(encoding="utf-8"))
-        front_end = {name: value for name, value in settings.items() if name not in BOOKKEEPING}
     whole = folder / "model.safetensors"
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     card, results = folder / "README.md", []
@@ -157,7 +157,11 @@ def describe(model: str | Path) -> dict:
         "bytes": sum(file.stat().st_size for file in files),
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "problem_type": config.problem_type,
-        "front_end": front_end,
+        "front_end": {
+            name: settings[name]
+            for name in dict.fromkeys([*MRMF_ARGUMENTS, *settings])
+            if name in settings and name not in BOOKKEEPING
+        },
         "architecture": {name: sizes[name] for name in ARCHITECTURE if name in sizes},
         "results": [
             {
