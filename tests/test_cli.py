@@ -108,6 +108,17 @@ def test_scores_are_the_pipelines(folder, capsys, checkpoint, batch_size):
         assert [item["score"] for item in line["scores"]] == pytest.approx([item["score"] for item in expected], 1e-4)
 
 
+def test_recordings_by_a_glob(capsys, checkpoint, data_dir):
+    pattern = data_dir / "esc10" / "audio" / "1-1[0-7]*.ogg"
+    status, out, _ = run(capsys, "classify", pattern, "--model", checkpoint, "--json", "--batch_size", 4)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and len(lines) == len(list(pattern.parent.glob(pattern.name))) > 4
+    classifier = pipeline("audio-classification", model=str(checkpoint))
+    for line in lines[:3]:
+        expected = {item["label"]: item["score"] for item in classifier(load_audio(line["file"]))}
+        assert {item["label"]: item["score"] for item in line["scores"]} == pytest.approx(expected, abs=2e-5)
+
+
 def test_csv_has_a_row_for_each_label(folder, capsys, checkpoint):
     _, out, _ = run(capsys, "classify", folder / "a.wav", "--model", checkpoint, "--csv", "--top", 3)
     rows = list(csv.DictReader(out.splitlines()))
@@ -207,7 +218,7 @@ def test_other_models_work_at_their_own_rate(folder, capsys, other_models, name)
 
 
 def test_a_clip_that_is_too_short_for_the_model_is_named(folder, capsys, other_models):
-    soundfile.write(folder / "click.wav", np.ones(10), 16_000)
+    soundfile.write(folder / "click.wav", np.ones(5), 16_000)
     options = ("--model", other_models / "wav2vec2", "--csv", "--top", 1)
     status, out, err = run(capsys, "classify", folder, *options)
     assert status == 1 and len(out.splitlines()) == 3 and f"{folder / 'click.wav'}: " in err
