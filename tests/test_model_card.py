@@ -103,6 +103,23 @@ def test_several_runs(model, tmp_path):
     assert "all 5 folds were run" in words(model_card(model, "x", runs, "esc10"))
 
 
+def test_trained_on_everything_has_the_score_of_its_cross_validation(model, tmp_path):
+    own = run(clips={"train": 400}, metrics={"train_loss": 1.0}, arguments__data__test_folds=None)
+    folds = [
+        run(metrics={"eval_accuracy": accuracy, "eval_clips": 80}, arguments__data__test_folds=[fold])
+        for fold, accuracy in ((1, 0.75), (2, 0.85))
+    ]
+    card = reload(model_card(model, "user/all", [own, *folds], "esc10"), tmp_path)
+    (result,) = card.data.eval_results
+    assert result.metric_value == pytest.approx(0.8) and result.dataset_args == {"clips": 160}
+    assert result.dataset_split == "fold 1, fold 2"
+    text = words(card)
+    assert "trained on all clips" in text and "this checkpoint)" not in text
+    assert "| 1 | fold 1 | 80 | 320 | 3 | 75.0% |" in text and "80.0% ± 5.0%" in text
+    assert "on 400 clips" in text
+    assert "trained on all clips" not in words(model_card(model, "user/one", folds, "esc10"))
+
+
 def test_multi_label(model, tmp_path):
     scores = {"eval_mAP": 0.25, "eval_AUC": 0.9, "eval_d_prime": 1.81, "eval_clips": 17_000}
     config = small_config(problem_type="multi_label_classification")

@@ -195,7 +195,8 @@ def model_card(
         model: The model that the card is about.
         name: Its id on the Hub, "user/name", or the folder to load it from.
         results: The contents of `results.json` of the runs of the recipe; the first is that of this checkpoint, whose
-            metrics alone go into the metadata. Without any, the card says that nothing was measured.
+            metrics alone go into the metadata. If it was trained on everything, and so has none, the others are its
+            cross-validation, and their mean goes there. Without any, the card says that nothing was measured.
         dataset: What it was trained on: one of `DATASETS` or its key. By default the first run's own data, by name.
         license: Licence of the weights, an identifier of the Hub's. By default that of the data set.
 
@@ -212,7 +213,11 @@ def model_card(
     own = results[0] if results else None
     dataset_name = dataset.name if dataset else _dataset_name(own)
     license = license or (dataset.license if dataset else None)
-    metrics = [metric for metric in METRICS if own and all(f"eval_{metric[0]}" in run["metrics"] for run in results)]
+    measured = [run for run in results if "eval_clips" in run["metrics"]]
+    metrics = [
+        metric for metric in METRICS if measured and all(f"eval_{metric[0]}" in run["metrics"] for run in measured)
+    ]
+    reported = measured[:1] if measured and own is measured[0] else measured
     short_name = Path(name).name
     data = ModelCardData(
         library_name="transformers",
@@ -228,11 +233,11 @@ def model_card(
                 task_type=TASK,
                 dataset_type=dataset.hub_id if dataset else (_hub_dataset(own) or ["audiofolder"])[0],
                 dataset_name=dataset_name,
-                dataset_split=_evaluated_on(own),
-                dataset_args={"clips": own["metrics"]["eval_clips"]},
+                dataset_split=", ".join(map(_evaluated_on, reported)),
+                dataset_args={"clips": sum(run["metrics"]["eval_clips"] for run in reported)},
                 metric_type=key,
                 metric_name=title,
-                metric_value=own["metrics"][f"eval_{key}"],
+                metric_value=mean(run["metrics"][f"eval_{key}"] for run in reported),
             )
             for key, title, _ in metrics
         ]
@@ -250,9 +255,10 @@ def model_card(
         facts=dataset,
         dataset_name=dataset_name,
         own=own,
-        runs=[_row(run, metrics) for run in results],
+        runs=[_row(run, metrics) for run in measured],
+        cross_validated=own is not None and own not in measured,
         metric_titles=[title for _, title, _ in metrics],
-        summary=_summary(results, metrics),
+        summary=_summary(measured, metrics),
         error=_standard_error(own),
         folds=sorted({fold for run in results for fold in _data(run).get("test_folds") or ()}),
         epoch=_chosen_epoch(own),
