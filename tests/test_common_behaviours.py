@@ -6,6 +6,7 @@ attentions and hidden states are one for each stage, and what it embeds is sound
 
 import inspect
 import json
+import shutil
 import warnings
 
 import pytest
@@ -433,6 +434,15 @@ def test_disk_offload_bin(model_class, tmp_path):
     assert_offloaded_gives_the_same(build(model_class), lambda model: disk_offloaded(model, tmp_path))
 
 
+def test_disk_offload_reaches_the_head_of_the_pns(tmp_path):
+    model, inputs = build(CATForAudioClassification), inputs_for(CATForAudioClassification)
+    with torch.no_grad():
+        expected = model(**inputs, output_pns=True).pns
+        offloaded = disk_offloaded(model, tmp_path)(**inputs, output_pns=True).pns
+    assert expected.max() > 0
+    torch.testing.assert_close(offloaded, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(RELEASE < Version("5.17"), reason="transformers 5.4 runs no model that lies on disk as a whole")
 def test_disk_offload_safetensors(model_class, tmp_path):
     assert_offloaded_gives_the_same(build(model_class), lambda model: load_with_everything_on_disk(model, tmp_path))
@@ -842,14 +852,22 @@ def test_flex_attention_with_grads(model_class, implementation):
 
 
 @pytest.mark.slow
-def test_sdpa_can_compile_dynamic():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_sdpa_can_compile_dynamic(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
     model = build(CATForAudioClassification, depths=(2, 1), num_heads=(2, 4), depthwise_kernel_size=0, stem_channels=())
     torch.compiler.reset()
-    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = torch.compile(model, dynamic=True, backend=backend)
+    graphs = []
     with torch.no_grad():
-        for frames in (48, 80, 101):
+        for frames in (48, 80, 101, 144, 203):
             features = torch.randn(2, frames, 384)
             torch.testing.assert_close(compiled(features).logits, model(features).logits, atol=1e-4, rtol=1e-4)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[2], "a graph for each length"
 
 
 def test_torch_compile_for_training():

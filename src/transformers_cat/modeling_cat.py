@@ -964,9 +964,12 @@ class CATForAudioClassification(CATPreTrainedModel):
             targets = (logits > 0).float()
         else:
             targets = class_targets(logits.argmax(-1), self.num_labels)
-        head = self.classifier
+        weight, bias = self.classifier.weight, self.classifier.bias
+        if weight.is_meta and not latents.is_meta:  # offloaded: they are there in the head's own forward only
+            bias = self.classifier(torch.zeros_like(latents[:1]))[0]
+            weight = (self.classifier(torch.eye(latents.shape[1]).to(latents)) - bias).T
         return conditional_pns(
-            latents, head.weight, head.bias, targets, num_donors=self.config.num_donors, multi_label=multi_label
+            latents, weight, bias, targets, num_donors=self.config.num_donors, multi_label=multi_label
         ).clamp(min=0)
 
     def reconstruct(self, outputs: CATModelOutput) -> torch.Tensor:
