@@ -94,6 +94,15 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path, capsys, command):
     assert status == 2 and f"Cannot load the model {tmp_path}: " in err and "embed_dim" in err
 
 
+@pytest.mark.parametrize("command", [("classify", EXAMPLES), ("info",)], ids=["classify", "info"])
+def test_without_the_shipped_model_it_says_so(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr("transformers_cat.cli.SHIPPED", tmp_path / "gone")
+    status, out, err = run(capsys, *command)
+    assert status == 2 and not out
+    assert f"comes with this package is missing: there is no folder {tmp_path / 'gone'}" in err
+    assert "name another model" in err and "Repo id" not in err
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_are_the_pipelines(folder, capsys, checkpoint, batch_size):
     options = ("--model", checkpoint, "--json", "--top", 2, "--batch_size", batch_size)
@@ -217,11 +226,23 @@ def test_other_models_work_at_their_own_rate(folder, capsys, other_models, name)
         assert [item["score"] for item in line["scores"]] == pytest.approx([item["score"] for item in expected], 1e-4)
 
 
-def test_a_clip_that_is_too_short_for_the_model_is_named(folder, capsys, other_models):
-    soundfile.write(folder / "click.wav", np.ones(5), 16_000)
-    options = ("--model", other_models / "wav2vec2", "--csv", "--top", 1)
+# In a batch, Wav2Vec2's clips are padded to the longest, so that it refuses none.
+@pytest.mark.parametrize("name, batch_size", [("ast", 1), ("ast", 3), ("wav2vec2", 1)])
+def test_a_clip_that_is_too_short_for_the_model_is_named(folder, capsys, other_models, name, batch_size):
+    soundfile.write(folder / "a2.wav", np.full(5, 0.5), 16_000)
+    options = ("--model", other_models / name, "--json", "--batch_size", batch_size)
     status, out, err = run(capsys, "classify", folder, *options)
-    assert status == 1 and len(out.splitlines()) == 3 and f"{folder / 'click.wav'}: " in err
+    assert status == 1 and [Path(json.loads(line)["file"]).name for line in out.splitlines()] == ["a.wav", "b.FLAC"]
+    assert f"{folder / 'a2.wav'}: " in err
+
+
+def test_an_error_without_words_is_named(folder, capsys, checkpoint, monkeypatch):
+    def refuse(self, raw_speech, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(CATFeatureExtractor, "__call__", refuse)
+    status, _, err = run(capsys, "classify", folder / "a.wav", "--model", checkpoint)
+    assert status == 1 and f"{folder / 'a.wav'}: AssertionError\n" in err
 
 
 def test_files_are_decoded_when_their_batch_is_due(folder, checkpoint, monkeypatch):
@@ -322,11 +343,12 @@ def test_a_reader_that_has_enough_is_no_error(folder, checkpoint):
         assert b"Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize("arguments", [["--top", "0"], ["--batch_size", "-1"], ["--json", "--csv"]])
+@pytest.mark.parametrize("arguments", [["--top", "0"], ["--top", "two"], ["--batch_size", "-1"], ["--json", "--csv"]])
 def test_impossible_flags_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as status:
         main(["classify", "a.wav", *arguments])
-    assert status.value.code == 2 and arguments[0] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and arguments[0] in err and "_positive" not in err
 
 
 @needs_shipped

@@ -78,11 +78,11 @@ def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_
         try:
             if clips:  # of nothing, the pipeline makes an error
                 scores = dict(zip(clips, classifier(list(clips.values()), batch_size=batch_size, **options)))
-        except (RuntimeError, ValueError):  # one of them, and the others need not suffer
+        except Exception:  # by one of them, and the others need not suffer; which it is depends on the model
             for file, clip in clips.items():
                 try:
                     scores[file] = classifier(clip, **options)
-                except (RuntimeError, ValueError) as error:
+                except Exception as error:
                     errors[file] = error
         for file in batch:
             if file in scores:
@@ -113,7 +113,7 @@ def classify(arguments: argparse.Namespace) -> int:
         with tqdm.external_write_mode():  # or the line would be written into the bar
             if error is not None:
                 failed += 1
-                print(f"{file}: {error}", file=sys.stderr)
+                print(f"{file}: {_reason(error)}", file=sys.stderr)
             elif arguments.json:
                 print(json.dumps({"file": str(file), "scores": scores}))
             elif arguments.csv:
@@ -217,19 +217,31 @@ def _count_parameters(file: Path) -> int:
 
 def _refuse(model: str | Path, error: Exception) -> int:
     """Says why a model cannot be used; the status to exit with."""
+    if model == SHIPPED and not SHIPPED.is_dir():
+        print(
+            f"The model that comes with this package is missing: there is no folder {SHIPPED}.\n"
+            "Install the package again, or name another model.",
+            file=sys.stderr,
+        )
+        return 2
     where = "" if Path(model).is_dir() else ", which is no folder here"
     print(
-        f"Cannot load the model {model}{where}: {str(error).strip() or type(error).__name__}\n"
+        f"Cannot load the model {model}{where}: {_reason(error)}\n"
         "Pass an id on the Hub, or a folder with config.json, preprocessor_config.json and model.safetensors.",
         file=sys.stderr,
     )
     return 2
 
 
+def _reason(error: Exception) -> str:
+    """What an error says; its name where it says nothing, as an assertion may."""
+    return str(error).strip() or type(error).__name__
+
+
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
