@@ -12,8 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification, include_code, model_card
 from transformers_cat.cards import known_dataset
 
@@ -39,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--cross_validation", type=Path, help="folder of a cross-validation by the same recipe")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the repository, named as it is")
-    parser.add_argument("--half", action="store_true", help="store the weights in half precision")
     arguments = parser.parse_args(argv)
 
     own = json.loads((arguments.model / "results.json").read_text())
@@ -49,8 +46,6 @@ def main(argv: list[str] | None = None) -> None:
         check_same_recipe(own, folds)
     model = CATForAudioClassification.from_pretrained(arguments.model)
     extractor = CATFeatureExtractor.from_pretrained(arguments.model)
-    if arguments.half:
-        model = model.to(torch.float16)
     dataset = known_dataset(own["arguments"]["data"]["data"], model.config.num_labels)
     with include_code(model, extractor):
         model.save_pretrained(arguments.output_dir)

@@ -149,6 +149,12 @@ def test_what_chose_the_epoch(model, clips, best, expected):
     assert expected in words(model_card(model, "x", [measured]))
 
 
+def test_averaged_weights_are_said(model):
+    text = words(model_card(model, "user/mean", [run(arguments__training__average_last_epochs=5)]))
+    assert "mean of the last 5 epochs'" in text and "--average_last_epochs 5" in text
+    assert "The last epoch is reported" not in text
+
+
 def test_a_start_from_the_hub_is_a_base_model(model, tmp_path):
     card = model_card(model, "x", [run(arguments__model__model_name_or_path="someone/cat-audioset")])
     assert card.data.base_model == "someone/cat-audioset"

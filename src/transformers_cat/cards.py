@@ -34,6 +34,7 @@ TRAINING_ARGUMENTS = (
     "bf16",
     "fp16",
     "seed",
+    "average_last_epochs",
 )
 PACKAGES = ("transformers-cat", "torch", "torchaudio", "transformers")
 # Data arguments that say which clips are read and how, not what is done with them.
@@ -317,6 +318,8 @@ def _chosen_epoch(run: Mapping | None) -> str | None:
     """Which epoch is reported, and whether the reported clips had a say in it."""
     if run is None:
         return None
+    if averaged := run["arguments"]["training"].get("average_last_epochs"):
+        return f"The weights are the mean of the last {averaged} epochs'; no epoch was chosen by its score."
     if not run["arguments"]["training"].get("load_best_model_at_end"):
         return "The last epoch is reported; no epoch was chosen by its score."
     if {"validation", "test"} <= set(run["clips"]):

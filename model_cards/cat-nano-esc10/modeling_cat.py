@@ -1,0 +1,994 @@
+"""The Causal Audio Transformer (CAT): MRMF patches, acoustic attention on a Swin trunk, classification head.
+
+Layouts: B clips, G filters, K resolutions, T frames, F bins; t and f count tokens along time and frequency, C is a
+stage's width. Token maps are (B, t, f, C), one for each filter (G, B, t, f, C).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
+from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
+from .linear import CATLinear, linear
+from .mrmf import MRMFSpectrogram
+
+MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
+
+
+@dataclass
+class CATModelOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, t, f, d)`): Token map of the last stage, after the final
+            layer norm; t = ceil(T / 32) and f = F / 32 for the default sizes.
+        pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, its mean over the tokens that hold audio.
+        token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): Time steps of `last_hidden_state` that hold
+            audio; `None` if all do.
+        normalized_features (`torch.FloatTensor` of shape `(B, T, G * K * F)`): The normalised MRMF, zero on padding.
+        frame_mask (`torch.BoolTensor` of shape `(B, T)`, *optional*): Its frames that hold audio; `None` if all do.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): The trunk h, `(B, t, f, C)`: as embedded, then as each
+            stage passes it on.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): For the last block of each stage, `(B * windows, heads,
+            tokens, tokens)`; the first `heads / G` heads read the first filter, and so on.
+    """
+
+    token_mask: torch.BoolTensor | None = None
+    normalized_features: torch.FloatTensor | None = None
+    frame_mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class CATSequenceClassifierOutput(SequenceClassifierOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): With `labels`: L of eq. 10, the weighted sum of the three.
+        classification_loss, causal_loss, reconstruction_loss (`torch.FloatTensor` of shape `()`, *optional*): Its parts
+            l_theta, l_c and l_rs, each without its weight, as far as they are computed.
+        logits (`torch.FloatTensor` of shape `(B, num_labels)`): Scores before softmax or sigmoid.
+        frame_logits (`torch.FloatTensor` of shape `(B, t, num_labels)`, *optional*): With `output_frame_logits`: the
+            head's scores of each time step; their mean over the steps that hold audio is `logits`.
+        token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): With `output_frame_logits`: those steps.
+        pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, the embedding that the head reads.
+        pns (`torch.FloatTensor` of shape `(B, d)`, *optional*): With `output_pns`: a lower bound, 0 to 1, of the
+            probability that each feature of Z is necessary and sufficient for the label.
+        reconstruction (`torch.FloatTensor` of shape `(B, G, K, T, F)`, *optional*): With `output_reconstruction`.
+        hidden_states, attentions: As in [`CATModelOutput`].
+    """
+
+    classification_loss: torch.FloatTensor | None = None
+    causal_loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    frame_logits: torch.FloatTensor | None = None
+    token_mask: torch.BoolTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    pns: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+
+
+# Windows: plain functions of shapes
+
+
+def pad_time(tokens: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
+    """Zero-pads dimension `dim` at its end to a multiple."""
+    length = tokens.shape[dim]
+    # Written with a negated floor, the roundings of all stages collapse into one where the length is symbolic; and
+    # what is only known at run time must not be branched on.
+    missing = -(-length // multiple) * multiple - length
+    if statically_known_true(missing == 0):
+        return tokens
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, missing))
+
+
+def crop_time(tokens: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Takes the first `length` of dimension `dim`: what `pad_time` added goes again."""
+    # Padding by a negative number: a slice would have to know which of two symbolic lengths is smaller.
+    if statically_known_true(tokens.shape[dim] == length):
+        return tokens
+    return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, length - tokens.shape[dim]))
+
+
+def window_partition(tokens: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """(B, t, f, C) -> (B, windows, tokens of a window, C); `window` divides (t, f).
+
+    A view of the same memory where a window spans all of f.
+    """
+    b, t, f, c = tokens.shape
+    tokens = tokens.view(b, t // window[0], window[0], f // window[1], window[1], c)
+    return tokens.transpose(2, 3).reshape(b, -1, window[0] * window[1], c)
+
+
+def window_reverse(windows: torch.Tensor, window: tuple[int, int], t: int, f: int) -> torch.Tensor:
+    """(B, windows, tokens of a window, C) -> (B, t, f, C), the inverse of `window_partition`."""
+    b, _, _, c = windows.shape
+    windows = windows.view(b, t // window[0], f // window[1], window[0], window[1], c)
+    return windows.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(b, t, f, c)
+
+
+def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
+    """Row of the relative-position table for each (query, key) of a window, flat: (tokens * tokens,) int64.
+
+    Row `(dt + w_t - 1) * (2 * w_f - 1) + (df + w_f - 1)` belongs to the offset (dt, df) of query from key.
+    """
+    t, f = (axis.flatten() for axis in torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij"))
+    dt, df = t[:, None] - t[None, :], f[:, None] - f[None, :]
+    return ((dt + window[0] - 1) * (2 * window[1] - 1) + df + window[1] - 1).flatten()
+
+
+def attention_mask_of_windows(
+    token_mask: torch.Tensor | None, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], like
+) -> torch.Tensor | None:
+    """Additive mask that keeps attention within what belongs together in a window.
+
+    A cyclic shift brings the two ends of an axis into one window; they must not see each other, nor anything padding.
+    Padding sees itself, so that no row of the softmax is empty.
+
+    Args:
+        token_mask: (B or 1, t) bool, or `None`.
+        size: (t, f), which `window` divides.
+        like: A tensor that gives dtype and device.
+
+    Returns:
+        (B or 1, windows, tokens, tokens), 0 or -inf, or `None` where everything belongs together.
+    """
+    if token_mask is None and shift == (0, 0):
+        return None
+    (t, f), device = size, like.device
+    wrapped_t = torch.arange(t, device=device) >= t - shift[0]
+    wrapped_f = torch.arange(f, device=device) >= f - shift[1]
+    regions = 1 + wrapped_t[:, None] + 2 * wrapped_f[None, :]  # (t, f)
+    if token_mask is None:
+        regions = regions[None]
+    else:
+        regions = torch.where(token_mask.roll(-shift[0], 1)[..., None], regions, 0)
+    regions = window_partition(regions[..., None], window)  # (B or 1, windows, tokens, 1)
+    apart = regions != regions.transpose(2, 3)
+    return torch.zeros(apart.shape, dtype=like.dtype, device=device).masked_fill(apart, float("-inf"))
+
+
+def any_of(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """(B, T) bool -> (B, ceil(T / count)): whether any of each `count` steps holds audio."""
+    return None if mask is None else pad_time(mask, count, 1).unflatten(1, (-1, count)).any(-1)
+
+
+def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Sets (..., B, t, f, C) to zero where `mask` (B, t) says that there is no audio."""
+    return tokens if mask is None else tokens * mask[:, :, None, None].to(tokens.dtype)
+
+
+def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """X_g (G, B, t, f, C) -> trunk h, their mean (B, t, f, C), and offsets delta_g = X_g - h, `None` if G = 1."""
+    if streams.shape[0] == 1:
+        return streams[0], None
+    trunk = streams.mean(0)
+    return trunk, streams - trunk
+
+
+def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """X_g = h + delta_g: (B, t, f, C) and (G, B, t, f, C) -> (G, B, t, f, C)."""
+    return trunk[None] if offsets is None else trunk + offsets
+
+
+# Features to tokens
+
+
+class CATBatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last dimension, in float32, without padding in its statistics."""
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, ..., C), mask (B, T) bool or `None` -> the same shape in float32, zero on padding."""
+        features = features.float()
+        weight = None
+        if frame_mask is not None:
+            weight = frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
+        if self.training:
+            mean, variance, count = self._statistics(features, weight)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
+                rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
+                self.running_var.copy_(torch.lerp(self.running_var.float(), unbiased, rate))
+        else:
+            mean, variance = self.running_mean.float(), self.running_var.float()
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            scale = scale * self.weight.float()
+        features = (features - mean) * scale
+        if self.affine:
+            features = features + self.bias.float()
+        return features if weight is None else features * weight
+
+    @staticmethod
+    def _statistics(features: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Mean and variance over what holds audio, (C,) each, and of how many values."""
+        dims = tuple(range(features.ndim - 1))
+        if weight is None:
+            variance, mean = torch.var_mean(features, dims, correction=0)
+            return mean, variance, torch.tensor(features.numel() // features.shape[-1], device=features.device)
+        count = (weight.sum() * (features.shape[2:-1].numel())).clamp(min=1)
+        mean = (features * weight).sum(dims) / count
+        return mean, ((features - mean).square() * weight).sum(dims) / count, count
+
+
+class CATPositionEmbedding(nn.Module):
+    """3-D position, eq. (3): pe[k, t, f] = g([sin(t); onehot(k)]) + sin(f), and a learned vector for each filter.
+
+    The paper's text promises a network "aware of features extracted with different window sizes and filters"; its
+    equation has no term for filters, hence the vectors. A gate scales the sum; with pre-trained weights it starts at 0.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        self.dim = config.embed_dim
+        self.num_resolutions = config.num_resolutions
+        self.projection = nn.Linear(config.embed_dim + config.num_resolutions, config.embed_dim)
+        self.filters = nn.Parameter(torch.zeros(config.num_filters, config.embed_dim))
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def sinusoids(self, length: int) -> torch.Tensor:
+        """(length, C): sine and cosine pairs at wavelengths from 2 pi to 10000 * 2 pi (Vaswani et al., 2017)."""
+        position = torch.arange(length, device=self.gate.device, dtype=torch.float32)[:, None]
+        exponent = torch.arange(0, self.dim, 2, device=self.gate.device, dtype=torch.float32) / self.dim
+        angle = position * 10_000.0**-exponent
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(self.gate.dtype)
+
+    def forward(self, t: int, f: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> two summands of pe: what depends on time and frequency (t, f, C), and on filter and resolution (G, K, C).
+
+        g is linear, so it takes sin(t) and onehot(k) apart and never sees K * t rows.
+        """
+        inputs = torch.block_diag(self.sinusoids(t), torch.eye(self.num_resolutions).to(self.gate))
+        time, resolutions = self.projection(inputs).split([t, self.num_resolutions])
+        resolutions = resolutions - self.projection(torch.zeros_like(inputs[:1]))  # its bias counts once, with the time
+        grid = time[:, None] + self.sinusoids(f)
+        return self.gate * grid, self.gate * (self.filters[:, None] + resolutions)
+
+
+class CATResolutionExchange(nn.Module):
+    """Attention between the K resolutions of one filter at one time and frequency (Sec. III-A).
+
+    Queries, keys and values are linear maps of each resolution's patch and of its position. What comes out is only ever
+    needed summed over the resolutions, and the output projection is linear: so it projects the sum, and starts as zero.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        resolutions, width, patch = config.num_resolutions, 3 * config.exchange_dim, tuple(config.patch_size)
+        self.qkv = nn.Parameter(torch.zeros(resolutions, patch[0] * patch[1], width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.position = nn.Linear(config.embed_dim, width, bias=False)
+        self.output = CATLinear(config.exchange_dim, config.embed_dim)
+        self.output.initial_std = 0.0
+
+    def forward(self, patches: torch.Tensor, position: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Patches (G, B, t, f, K, P), position (t, f, C) and (G, K, C) -> what the exchange adds (G, B, t, f, C)."""
+        g, b, t, f, k, _ = patches.shape
+        qkv = torch.bmm(patches.flatten(0, 3).transpose(0, 1), self.qkv)  # (K, G * B * t * f, 3 D)
+        qkv = qkv.view(k, g, b, t, f, -1) + self.bias
+        if position is not None:
+            grid, levels = (self.position(part) for part in position)
+            qkv = qkv + grid + levels.transpose(0, 1)[:, :, None, None, None]
+        query, key, value = qkv.chunk(3, dim=-1)
+        scores = (query[:, None] * key[None]).sum(-1, keepdim=True) * query.shape[-1] ** -0.5  # (K, K, ..., 1)
+        # sum over queries of sum over keys of weight * value
+        received = (scores.softmax(dim=1).sum(0) * value).sum(0)
+        return self.output(received)
+
+
+class CATStem(nn.Module):
+    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, each halving both axes.
+
+    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality. What
+    it adds to the patch embedding has the scale of that, but starts as zero beside pre-trained weights.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        channels = [config.num_resolutions, *config.stem_channels]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            for before, after in zip(channels, channels[1:])
+        )
+        for convolution in self.convolutions:
+            convolution.initial_std = (2 / convolution.weight[0].numel()) ** 0.5  # He et al., 2015
+        self.norms = nn.ModuleList(CATBatchNorm(width) for width in channels[1:])
+        self.activation = nn.ReLU()
+        self.output = CATLinear(channels[-1], config.embed_dim)
+        self.output.initial_std = (2 / channels[-1]) ** 0.5
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, F, K), mask (B, T) -> (B, t, f, C)."""
+        for convolution, norm in zip(self.convolutions, self.norms):
+            # Channels last, as it comes: the permutations move no data.
+            features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
+            frame_mask = any_of(frame_mask, 2)
+            features = zero_padding(self.activation(norm(features, frame_mask)), frame_mask)
+        return self.output(features.to(self.output.weight.dtype))
+
+
+class CATPatchProjection(nn.Conv2d):
+    """A K-channel convolution with stride, on patches that are cut already.
+
+    The weights of a layer are used only in its own forward: whatever keeps them elsewhere until then (offloading,
+    sharding) fetches them there.
+    """
+
+    def cut(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, T, G, K, F) -> (G, B, t, f, K, P), P = frames times bins of a patch."""
+        time, bins = self.kernel_size
+        patches = pad_time(features, time, 1).unflatten(4, (-1, bins)).unflatten(1, (-1, time))
+        return patches.permute(3, 0, 1, 5, 4, 2, 6).flatten(5)  # from (B, t, time, G, K, f, bins)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(G, B, t, f, K, P) -> (G, B, t, f, C)."""
+        return linear(patches.flatten(4), self.weight.flatten(1), self.bias)
+
+
+class CATEmbeddings(nn.Module):
+    """Patches of the normalised MRMF, aggregated over the resolutions (Sec. III-A): one token map for each filter.
+
+    A patch spans all K resolutions of one filter, so its projection is a K-channel convolution with stride, shared by
+    the filters. That is the sum of K tokens, one for each resolution, to which the positions and the exchange between
+    the resolutions are added; both are linear in what they add, so the sum is all that is ever computed.
+    """
+
+    def __init__(self, config: CATConfig):
+        super().__init__()
+        patch = tuple(config.patch_size)
+        self.shape = (config.num_filters, config.num_resolutions, config.num_bins)
+        self.projection = CATPatchProjection(config.num_resolutions, config.embed_dim, patch, stride=patch)
+        # Tokens of unit variance, beside which the sinusoids neither drown nor are drowned.
+        self.projection.initial_std = self.projection.weight[0].numel() ** -0.5
+        self.position = CATPositionEmbedding(config) if config.use_position_embedding else None
+        self.exchange = CATResolutionExchange(config) if config.exchange_dim and config.num_resolutions > 1 else None
+        self.stem = CATStem(config) if config.stem_channels else None
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
+        features = features.unflatten(2, self.shape)  # (B, T, G, K, F)
+        patches = self.projection.cut(features)
+        tokens = self.projection(patches)
+        position = None
+        if self.position is not None:
+            grid, levels = position = self.position(*tokens.shape[2:4])
+            tokens = tokens + levels.shape[1] * grid + levels.sum(1)[:, None, None, None]
+        if self.exchange is not None:
+            tokens = tokens + self.exchange(patches, position)
+        if self.stem is not None:
+            mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
+            images = torch.cat(features.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
+            tokens = tokens + self.stem(images, mask).unflatten(0, tokens.shape[:2])
+        return self.dropout(self.norm(tokens))
+
+
+# Trunk
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot products of (B, H, N, D) queries, keys and values -> (B, N, H, D) and the weights (B, H, N, N)."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class CATRelativePositionBias(nn.Module):
+    """Swin's learned bias for each head and offset within a window."""
+
+    def __init__(self, window: tuple[int, int], num_heads: int):
+        super().__init__()
+        self.window = window
+        self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.register_buffer("index", relative_position_index(window), persistent=False)
+
+    def forward(self) -> torch.Tensor:
+        """-> (heads, tokens, tokens)."""
+        tokens = self.window[0] * self.window[1]
+        return self.table[self.index].view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+class CATAttention(nn.Module):
+    """Acoustic attention (Fig. 1): the heads are divided evenly between the filters, with separate dot products.
+
+    The heads of filter g take queries, keys and values from its own stream; `qkv[g]` holds their rows of what would be
+    the one dense matrix of plain Swin attention. The heads are concatenated and projected together.
+    """
+
+    def __init__(self, config: CATConfig, stage: int):
+        super().__init__()
+        width = config.stage_width(stage)
+        self.config = config
+        self.num_heads = config.num_heads[stage]
+        self.head_dim = width // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.window = config.window_shape(stage)
+        self.qkv = nn.ModuleList(
+            CATLinear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
+        )
+        self.output = CATLinear(width, width)
+        # Global attention takes positions from the embedding alone, as in AST: its window has no fixed size.
+        self.position_bias = CATRelativePositionBias(self.window, self.num_heads) if self.window else None
+
+    def forward(
+        self,
+        streams: torch.Tensor,
+        shift: tuple[int, int],
+        mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            streams: (G, B, t, f, C), normalised; the window divides (t, f).
+            shift: Cyclic shift of the windows along (t, f).
+            mask: From `attention_mask_of_windows`.
+
+        Returns:
+            (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
+        """
+        _, b, t, f, _ = streams.shape
+        window = self.window or (t, f)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if shift != (0, 0):
+            streams = streams.roll((-shift[0], -shift[1]), (2, 3))
+        windows = [window_partition(stream, window).flatten(0, 1) for stream in streams]  # (B * windows, N, C) each
+        qkv = [project(tokens).unflatten(2, (3, -1, self.head_dim)) for project, tokens in zip(self.qkv, windows)]
+        query, key, value = torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)  # (B * windows, heads, N, D) each
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            self.bias(mask, b),
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # (B * windows, N, heads, D)
+        output = self.output(output.flatten(2)).unflatten(0, (b, -1))
+        output = window_reverse(output, window, t, f)
+        return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
+
+    def bias(self, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+        """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
+        if mask is not None:
+            mask = mask[:, :, None].expand(batch_size, -1, -1, -1, -1)  # (B, windows, 1, N, N)
+        if self.position_bias is None:
+            return None if mask is None else mask.flatten(0, 1)
+        bias = self.position_bias()
+        return bias[None] if mask is None else (bias + mask).flatten(0, 1)
+
+
+class CATMLP(nn.Sequential):
+    """Two linear maps with an activation between them."""
+
+    def __init__(self, config: CATConfig, width: int):
+        hidden = int(config.mlp_ratio * width)
+        super().__init__(CATLinear(width, hidden), ACT2FN[config.hidden_act], CATLinear(hidden, width))
+
+
+class CATDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): drops a residual branch for some clips of a batch."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * keep / (1 - self.rate)
+
+
+class CATBlock(GradientCheckpointingLayer):
+    """h + attention(LN(h + delta_g)), then h + MLP(LN(h)): Swin's block, but for the streams that attention reads."""
+
+    def __init__(self, config: CATConfig, stage: int, drop_path_rate: float):
+        super().__init__()
+        width, kernel = config.stage_width(stage), config.depthwise_kernel_size
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width) if kernel else None
+        if kernel:
+            self.depthwise.initial_std = 0.0
+        self.norm_attention = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = CATAttention(config, stage)
+        self.norm_mlp = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = CATMLP(config, width)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = CATDropPath(drop_path_rate)
+
+    def forward(
+        self,
+        trunk: torch.Tensor,
+        offsets: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        shift: tuple[int, int],
+        window_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Trunk (B, t, f, C), offsets (G, B, t, f, C) -> trunk, attention weights."""
+        if self.depthwise is not None:
+            local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            trunk = trunk + self.drop_path(local)
+        streams = self.norm_attention(join_streams(trunk, offsets))
+        attended, weights = self.attention(streams, shift, window_mask, **kwargs)
+        trunk = trunk + self.drop_path(self.dropout(attended))
+        trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
+        return trunk, weights
+
+
+class CATPatchMerging(nn.Module):
+    """Swin's merging of 2x2 tokens, for each filter's stream; the merged streams are split into trunk and offsets."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width)
+        self.reduction = CATLinear(4 * width, 2 * width, bias=False)
+
+    def forward(
+        self, trunk: torch.Tensor, offsets: torch.Tensor | None, token_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, t, f, C) and (G, B, t, f, C) -> (B, t / 2, f / 2, 2 C) and (G, B, t / 2, f / 2, 2 C)."""
+        # Zero stands in for what is not there, so that a token beside padding is what it is at the end of a batch.
+        streams = zero_padding(join_streams(trunk, offsets), token_mask)
+        streams = pad_time(pad_time(streams, 2, 2), 2, 3)
+        quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
+        return split_streams(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
+
+
+class CATStage(nn.Module):
+    """Blocks of one resolution, every other one with shifted windows, then patch merging (but in the last stage)."""
+
+    def __init__(self, config: CATConfig, stage: int, drop_path_rates: list[float]):
+        super().__init__()
+        last = stage == len(config.depths) - 1
+        self.window = config.window_shape(stage)
+        self.shift = (0, 0)
+        # The last stage's window spans the audio of the design length, so that it needs no shift. Whether to shift
+        # must not depend on the length itself, or a clip would be treated otherwise in a batch with longer ones.
+        if self.window and not last:
+            self.shift = (self.window[0] // 2, self.window[1] // 2 if config.stage_bins(stage) > self.window[1] else 0)
+        self.blocks = nn.ModuleList(CATBlock(config, stage, rate) for rate in drop_path_rates)
+        self.merging = None if last else CATPatchMerging(config.stage_width(stage))
+
+    def forward(
+        self,
+        trunk: torch.Tensor,
+        offsets: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Trunk (B, t, f, C), offsets (G, B, t, f, C), mask (B, t) -> trunk, offsets, weights of the last block."""
+        length, window = trunk.shape[1], self.window or tuple(trunk.shape[1:3])
+        # Whole windows from here to the end of the stage; what was added is padding like any other.
+        padded_mask = self.pad_mask(token_mask, length, trunk.device)
+        if self.window is not None:
+            trunk = pad_time(trunk, window[0], 1)
+            offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        size = tuple(trunk.shape[1:3])
+        still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
+        shifted = still
+        if self.shift != (0, 0) and len(self.blocks) > 1:
+            shifted = attention_mask_of_windows(padded_mask, size, window, self.shift, trunk)
+        weights = None
+        for index, block in enumerate(self.blocks):
+            shift, mask = (self.shift, shifted) if index % 2 else ((0, 0), still)
+            trunk, weights = block(trunk, offsets, padded_mask, shift, mask, **kwargs)
+        trunk = crop_time(trunk, length, 1)
+        offsets = None if offsets is None else crop_time(offsets, length, 2)
+        if self.merging is not None:
+            trunk, offsets = self.merging(trunk, offsets, token_mask)
+        return trunk, offsets, weights
+
+    def pad_mask(self, token_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+        """(B, t) or `None` -> (B or 1, t) for whole windows, or `None` where nothing is padding."""
+        if self.window is None or statically_known_true(length % self.window[0] == 0):
+            return token_mask
+        if token_mask is None:
+            token_mask = torch.ones(1, length, dtype=torch.bool, device=device)
+        return pad_time(token_mask, self.window[0], 1)
+
+
+# Models
+
+
+class CATPreTrainedModel(PreTrainedModel):
+    """Initial weights and what transformers needs to know of the architecture."""
+
+    config: CATConfig
+    base_model_prefix = "cat"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CATEmbeddings", "CATStage"]
+    _supports_sdpa = True
+    _supports_flash_attn = False  # its kernels take no dense additive bias
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CATStage, index=0),
+        "attentions": OutputRecorder(CATStage, index=2),
+    }
+    _input_embed_layer = "embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Children come before their parents, and what is initialised once stays: so a layer that needs another spread
+        # than `initializer_range` carries it.
+        initial_std = getattr(module, "initial_std", None)
+        if initial_std is not None:
+            init.normal_(module.weight, std=initial_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        if isinstance(module, MRMFSpectrogram):
+            for name, constant in module.constants().items():
+                init.copy_(getattr(module, name), constant)
+        elif isinstance(module, CATBatchNorm):
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, CATResolutionExchange):
+            # Patches of unit variance give queries, keys and values of unit variance.
+            init.normal_(module.qkv, std=module.qkv.shape[1] ** -0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, CATPositionEmbedding):
+            init.normal_(module.filters, std=self.config.initializer_range)
+            init.ones_(module.gate)
+        elif isinstance(module, CATRelativePositionBias):
+            init.trunc_normal_(module.table, std=self.config.initializer_range)
+            init.copy_(module.index, relative_position_index(module.window))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers, but of safetensors alone: unpickling weights could run code that came with them."""
+        name = str(pretrained_model_name_or_path)
+        pickled = os.path.isfile(name) and not name.endswith(".safetensors")
+        if pickled or any(kwargs.get(option) is False for option in ("use_safetensors", "weights_only")):
+            raise ValueError(
+                f"The weights of {name} are loaded from safetensors alone, since unpickling could run code. Convert "
+                "them with `safetensors.torch.save_file`, and leave out `use_safetensors=False` and "
+                "`weights_only=False`."
+            )
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers; but what is saved without its code does not name files that it lacks."""
+        if self._auto_class is None:
+            drop_local_code(self.config)
+        super().save_pretrained(*args, **kwargs)
+
+
+class CATModel(CATPreTrainedModel):
+    """The acoustic Swin encoder, from waveforms or MRMF spectrograms to the latent Z."""
+
+    def __init__(self, config: CATConfig):
+        super().__init__(config)
+        self.mrmf = MRMFSpectrogram(**{name: getattr(config, name) for name in MRMF_ARGUMENTS})
+        self.feature_norm = CATBatchNorm(config.feature_size, affine=False)  # a projection follows
+        self.embeddings = CATEmbeddings(config)
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * block / max(blocks - 1, 1) for block in range(blocks)]
+        self.stages = nn.ModuleList()
+        for stage, depth in enumerate(config.depths):
+            before = sum(config.depths[:stage])
+            self.stages.append(CATStage(config, stage, rates[before : before + depth]))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def features(
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding."""
+        eager = not torch.compiler.is_compiling()
+        if eager:
+            self.validate(input_values, attention_mask)
+        # Looking at values would break a graph that is being traced, and meta tensors have none.
+        look = eager and not input_values.is_meta
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            if look and bool(attention_mask.all()):  # a mask costs time
+                attention_mask = None
+        if input_values.ndim == 2:
+            features, attention_mask = self.mrmf(input_values, attention_mask)
+        elif attention_mask is None:
+            features = input_values
+        else:  # not by a product: what is on padding may be NaN
+            features = input_values.masked_fill(~attention_mask[..., None], 0)
+        # In training the loss shows it, and a look at the values would keep a GPU waiting.
+        if look and not self.training and not bool(features.abs().amax() < MAX_LOG_POWER):
+            raise ValueError(
+                f"`input_values` has NaN, infinite or huge values: its features must lie within {MAX_LOG_POWER:g} of "
+                "zero, as log power does. Repair the audio, or leave it out."
+            )
+        return features, attention_mask
+
+    def validate(self, input_values: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raises ValueError, with types and shapes named, for inputs that the model cannot read."""
+        if not isinstance(input_values, torch.Tensor) or not input_values.is_floating_point():
+            kind = getattr(input_values, "dtype", type(input_values).__name__)
+            raise ValueError(
+                f"`input_values` must be a tensor of floats, the output of CATFeatureExtractor, not {kind}."
+            )
+        shape = tuple(input_values.shape)
+        if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == self.config.feature_size)):
+            raise ValueError(
+                f"`input_values` has shape {shape}, but must be MRMF features (clips, frames, "
+                f"{self.config.feature_size}) or waveforms (clips, samples). Make them with a CATFeatureExtractor that "
+                "has this model's `filters`, `window_lengths` and `num_bins`."
+            )
+        if 0 in shape:
+            raise ValueError(
+                f"`input_values` of shape {shape} is empty: pass at least one clip, of at least one frame."
+            )
+        if attention_mask is not None and tuple(getattr(attention_mask, "shape", ())) != shape[:2]:
+            raise ValueError(
+                f"`attention_mask` must be a tensor of shape {shape[:2]}, one value for each frame or sample of "
+                f"`input_values`, not {tuple(getattr(attention_mask, 'shape', [type(attention_mask).__name__]))}."
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CATModelOutput:
+        r"""
+        Args:
+            input_values (`torch.Tensor` of shape `(B, T, G * K * F)` or `(B, N)`): Spectrograms or waveforms, as
+                [`CATFeatureExtractor`] returns them with `do_mrmf=True` or `False`.
+            attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, N)`, *optional*): 1 where there is audio, 0 on
+                padding. What a clip is padded with, or batched with, does not change its output.
+
+        Raises:
+            ValueError: `input_values` is missing or empty, or has another shape or type than the above; in evaluation
+                mode also where its audio is not finite.
+        """
+        if input_values is None:
+            raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
+        features, frame_mask = self.features(input_values, attention_mask)
+        features = self.feature_norm(features, frame_mask)
+        streams = self.embeddings(features.to(self.embeddings.projection.weight.dtype), frame_mask)
+        token_mask = any_of(frame_mask, self.config.patch_size[0])
+        trunk, offsets = split_streams(streams)
+        for stage in self.stages:
+            trunk, offsets, _ = stage(trunk, offsets, token_mask, **kwargs)
+            if stage.merging is not None:
+                token_mask = any_of(token_mask, 2)
+        tokens = self.norm(trunk)
+        return CATModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=self.pool(tokens, token_mask),
+            token_mask=token_mask,
+            normalized_features=features,
+            frame_mask=frame_mask,
+        )
+
+    @staticmethod
+    def pool(tokens: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """Z: (B, t, f, C) -> (B, C), the mean over the tokens that hold audio."""
+        if token_mask is None:
+            return tokens.mean((1, 2))
+        weight = token_mask.to(tokens.dtype)
+        return (tokens.mean(2) * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+class CATForAudioClassification(CATPreTrainedModel):
+    """CAT with a linear head on Z, for single-label, multi-label and regression problems.
+
+    With labels, the loss is L = l_theta + w_c l_c + w_rs l_rs (eq. 10): classification, causal and reconstruction loss,
+    with the weights of the configuration. In evaluation mode it is l_theta alone: that can be compared between models
+    and does not depend, as l_c does, on what a clip is batched with.
+    """
+
+    # The losses are means over the batch. transformers would otherwise take a forward with **kwargs to divide by the
+    # number of items in an accumulated batch itself, and scale multi-label gradients wrongly.
+    accepts_loss_kwargs = False
+    # The reconstruction block belongs to training: a checkpoint may lack it, and inference may leave it out.
+    _keys_to_ignore_on_load_missing = [r"^reconstruction\."]
+    _keys_to_ignore_on_load_unexpected = [r"^reconstruction\."]
+
+    def __init__(self, config: CATConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cat = CATModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.reconstruction = None
+        if config.reconstruction_loss_weight:
+            last = 2 ** (len(config.depths) - 1)
+            patch = (config.patch_size[0] * last, config.patch_size[1] * last)
+            self.reconstruction = ReconstructionHead(
+                config.hidden_size, config.num_filters, config.num_resolutions, patch
+            )
+        self.post_init()
+
+    def freeze_feature_encoder(self) -> None:
+        """Stops the training of the embeddings; the trunk and the head go on."""
+        self.cat.embeddings.requires_grad_(False)
+
+    def drop_reconstruction(self) -> None:
+        """Removes the reconstruction block, of which inference has no use, and its loss from the configuration."""
+        self.reconstruction = None
+        self.config.reconstruction_loss_weight = 0.0
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_frame_logits: bool = False,
+        output_pns: bool = False,
+        output_reconstruction: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CATSequenceClassifierOutput:
+        r"""
+        Args:
+            input_values, attention_mask: As for [`CATModel`].
+            labels (`torch.Tensor`, *optional*): `(B,)` class indices, or `(B, num_labels)` floats: probabilities for
+                a `problem_type` of `"single_label_classification"` (as mixup makes them), 0 to 1 each for
+                `"multi_label_classification"`, targets for `"regression"`. Without a `problem_type` in the
+                configuration, it is inferred as everywhere in transformers.
+            output_frame_logits (`bool`, defaults to `False`): Also return the scores of each time step.
+            output_pns (`bool`, defaults to `False`): Also return how necessary and sufficient each feature of Z is for
+                the labels, or, without labels, for what the model predicts. The other clips of the batch are what the
+                feature is compared with, so a batch of one gives zeros.
+            output_reconstruction (`bool`, defaults to `False`): Also return the reconstructed MRMF.
+
+        Raises:
+            ValueError: A reconstruction is asked for of a model without the block; or `labels` has another shape than
+                the above, or, on a CPU, a class index that there is not.
+        """
+        outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
+        latents = outputs.pooler_output
+        logits = self.classifier(latents)
+        patches = None
+        if output_reconstruction or (labels is not None and self.training and self.reconstruction is not None):
+            patches = self.reconstruct(outputs)
+        return CATSequenceClassifierOutput(
+            **({} if labels is None else self.objective(outputs, logits, labels, patches)),
+            logits=logits,
+            frame_logits=self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None,
+            token_mask=outputs.token_mask if output_frame_logits else None,
+            pooler_output=latents,
+            pns=self.pns(latents, logits, labels) if output_pns else None,
+            reconstruction=self.assemble(patches, outputs) if output_reconstruction else None,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def objective(
+        self,
+        outputs: CATModelOutput,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        patches: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """L of eq. (10) as `loss`, and its parts by name; in evaluation l_theta alone."""
+        loss = classification = self.classification_loss(logits, labels)
+        parts = {"classification_loss": classification}
+        if not self.training:
+            return {"loss": loss, **parts}
+        # The first call may infer the problem type, so the others follow. A regression has no event to cause.
+        if self.config.causal_loss_weight and self.config.problem_type != "regression":
+            parts["causal_loss"] = self.causal_loss(outputs.pooler_output, labels)
+            loss = loss + self.config.causal_loss_weight * parts["causal_loss"]
+        if self.reconstruction is not None:
+            target = self.spectrograms(outputs.normalized_features)
+            parts["reconstruction_loss"] = self.reconstruction.loss(patches, target, outputs.frame_mask)
+            loss = loss + self.config.reconstruction_loss_weight * parts["reconstruction_loss"]
+        return {"loss": loss, **parts}
+
+    def classification_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """l_theta of eq. (10)."""
+        if not torch.compiler.is_compiling():
+            self.validate_labels(labels, len(logits))
+        if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
+            return nn.functional.cross_entropy(logits, labels.to(logits))
+        return self.loss_function(labels, logits, self.config)
+
+    def validate_labels(self, labels: torch.Tensor, clips: int) -> None:
+        """Raises ValueError, with what is wrong named, for labels that the loss cannot read."""
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"`labels` must be a tensor, not {type(labels).__name__}.")
+        problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else None)
+        indices = not labels.is_floating_point() and problem_type in (None, "single_label_classification")
+        shapes = [(clips,), (clips, 1)] if indices or self.num_labels == 1 else [(clips, self.num_labels)]
+        if tuple(labels.shape) not in shapes:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} and type {labels.dtype}, but {clips} clips and `num_labels` "
+                f"{self.num_labels} need {' or '.join(map(str, shapes))}: class indices are integers (clips,), "
+                "probabilities, multi-hot labels and targets floats (clips, num_labels)."
+            )
+        if not indices or labels.device.type != "cpu":  # a look at the values would keep a GPU waiting
+            return
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
+        if wrong.numel():
+            raise ValueError(
+                f"`labels` has the class index {int(wrong[0])}, but `num_labels` is {self.num_labels}: indices go from "
+                f"0 to {self.num_labels - 1}, and -100 leaves a clip out."
+            )
+
+    def causal_loss(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """l_c, eq. (8)."""
+        return causal_loss(
+            latents,
+            self.classifier.weight,
+            self.classifier.bias,
+            class_targets(labels, self.num_labels),
+            estimator=self.config.causal_estimator,
+            num_donors=self.config.num_donors,
+            form=self.config.causal_form,
+            reduction=self.config.causal_reduction,
+            multi_label=self.config.problem_type == "multi_label_classification",
+        )
+
+    def pns(self, latents: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """max(0, U) of each feature for the labels, or for the prediction: (B, d)."""
+        multi_label = self.config.problem_type == "multi_label_classification"
+        if labels is not None:
+            targets = class_targets(labels, self.num_labels)
+        elif multi_label:
+            targets = (logits > 0).float()
+        else:
+            targets = class_targets(logits.argmax(-1), self.num_labels)
+        weight, bias = self.classifier.weight, self.classifier.bias
+        if weight.is_meta and not latents.is_meta:  # offloaded: they are there in the head's own forward only
+            bias = self.classifier(torch.zeros_like(latents[:1]))[0]
+            weight = (self.classifier(torch.eye(latents.shape[1]).to(latents)) - bias).T
+        return conditional_pns(
+            latents, weight, bias, targets, num_donors=self.config.num_donors, multi_label=multi_label
+        ).clamp(min=0)
+
+    def reconstruct(self, outputs: CATModelOutput) -> torch.Tensor:
+        """Phi(f(X)) of eq. (7), in patches: the last token map -> (B, t, f, G, K, frames, bins)."""
+        if self.reconstruction is None:
+            raise ValueError(
+                "This model has no reconstruction block: its configuration has `reconstruction_loss_weight` 0. Load it "
+                "with a positive one, from a checkpoint that was trained with it."
+            )
+        return self.reconstruction(outputs.last_hidden_state)
+
+    def assemble(self, patches: torch.Tensor, outputs: CATModelOutput) -> torch.Tensor:
+        """Patches of a reconstruction -> (B, G, K, T, F)."""
+        return self.reconstruction.assemble(patches, outputs.normalized_features.shape[1], self.config.num_bins)
+
+    def spectrograms(self, features: torch.Tensor) -> torch.Tensor:
+        """X of eq. (7): (B, T, G * K * F) -> (B, G, K, T, F)."""
+        shape = (self.config.num_filters, self.config.num_resolutions, self.config.num_bins)
+        return features.unflatten(2, shape).permute(0, 2, 3, 1, 4)
+
+
+__all__ = ["CATForAudioClassification", "CATModel", "CATPreTrainedModel"]

@@ -1,0 +1,194 @@
+"""Multi-resolution multi-filter (MRMF) spectrograms, eqs. (1) and (2) of the paper."""
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.audio_utils import mel_filter_bank
+
+from .configuration_cat import (
+    F_MAX,
+    F_MIN,
+    FILTERS,
+    FRAME_SHIFT,
+    HOP_LENGTHS,
+    LOG_OFFSET,
+    NUM_BINS,
+    SAMPLING_RATE,
+    WINDOW_LENGTHS,
+    validate_mrmf,
+)
+
+SLICE = 2**13  # frames of the grid that are transformed at once: the spectra of an hour would take gigabytes
+MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
+
+
+def fft_length(window_length: int) -> int:
+    """Length of the transform for a window, in samples: a power of two, at least `MIN_FFT_LENGTH`."""
+    return max(MIN_FFT_LENGTH, 2 ** (window_length - 1).bit_length())
+
+
+def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min: float, f_max: float) -> torch.Tensor:
+    """Triangular filters whose centres are evenly spaced in mel (HTK's scale) or in hertz.
+
+    Returns:
+        (n_fft // 2 + 1, num_bins), float32.
+    """
+    if name == "mel":
+        bank = mel_filter_bank(n_fft // 2 + 1, num_bins, f_min, f_max, sampling_rate, mel_scale="htk")
+    else:
+        edges, width = np.linspace(f_min, f_max, num_bins + 2, retstep=True)
+        frequencies = np.linspace(0, sampling_rate / 2, n_fft // 2 + 1)[:, None]
+        bank = np.minimum(frequencies - edges[:-2], edges[2:] - frequencies).clip(min=0) / width
+    return torch.from_numpy(bank.astype(np.float32))
+
+
+def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_frames: int) -> torch.Tensor:
+    """Brings a spectrogram to the common time grid: averages where it is finer, interpolates where it is coarser.
+
+    Power is what is averaged, so a cell of the grid holds the mean energy of its time span.
+
+    Args:
+        power: (B, L, D), frames whose centres are `hop_length / 2 + i * hop_length`, i from 0; where the hop is longer
+            than the shift, from -1, to the frame after the last cell, so that nothing has to be invented at the ends.
+        num_frames: T, the cells of the grid.
+
+    Returns:
+        (B, T, D).
+    """
+    if hop_length <= frame_shift:
+        ratio = frame_shift // hop_length
+        return power if ratio == 1 else power.unflatten(1, (num_frames, ratio)).mean(2)
+    ratio = hop_length // frame_shift
+    before, here, after = power[:, :-2], power[:, 1:-1], power[:, 2:]
+    cells = []
+    for phase in range(ratio):
+        # The cell's centre lies `offset` hops from the centre of the frame that spans it.
+        offset = (phase + 0.5) / ratio - 0.5
+        cells.append(here.lerp(before if offset < 0 else after, abs(offset)))
+    cells = torch.stack(cells, dim=2).flatten(1, 2)
+    # Padding by a negative number: a slice would have to know which of two symbolic lengths is smaller.
+    return nn.functional.pad(cells, (0, 0, 0, num_frames - cells.shape[1]))
+
+
+class MRMFSpectrogram(nn.Module):
+    """Log-power spectrograms of one waveform under G filter banks and K window lengths on one time grid.
+
+    x_MR = {FFT_w(s)}, w in {w_1 .. w_K} (eq. 1); x_MRMF = {mel(x_MR), x_MR} (eq. 2), where both filters have the same
+    number of bins and the spectrograms are "projected to the same temporal dimension". Frame t of every resolution is
+    centred at sample `(t + 1/2) * frame_shift`. The signal counts as zero outside of the clip, so no frame depends on
+    what the clip is padded with.
+
+    Always computes in float32, whatever the module is cast to: |STFT|^2 overflows half precision. Has no parameters,
+    and its buffers follow from its arguments: they are not saved.
+
+    Args:
+        sampling_rate: Samples per second.
+        window_lengths, hop_lengths: The K analysis windows (Hann) and their hops, in samples.
+        frame_shift: The time grid, in samples.
+        filters: The G filter banks, of "mel" and "linear".
+        num_bins: F, filters of each bank, between `f_min` and `f_max` in Hz.
+        log_offset: Power added before the logarithm.
+
+    Raises:
+        ValueError: The arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        sampling_rate: int = SAMPLING_RATE,
+        window_lengths: tuple[int, ...] = WINDOW_LENGTHS,
+        hop_lengths: tuple[int, ...] = HOP_LENGTHS,
+        frame_shift: int = FRAME_SHIFT,
+        filters: tuple[str, ...] = FILTERS,
+        num_bins: int = NUM_BINS,
+        f_min: float = F_MIN,
+        f_max: float = F_MAX,
+        log_offset: float = LOG_OFFSET,
+    ):
+        super().__init__()
+        validate_mrmf(
+            sampling_rate, window_lengths, hop_lengths, frame_shift, filters, num_bins, f_min, f_max, log_offset
+        )
+        self.sampling_rate = sampling_rate
+        self.window_lengths, self.hop_lengths, self.frame_shift = tuple(window_lengths), tuple(hop_lengths), frame_shift
+        self.filters, self.num_bins, self.f_min, self.f_max = tuple(filters), num_bins, f_min, f_max
+        self.log_offset = log_offset
+        for name, constant in self.constants().items():
+            self.register_buffer(name, constant, persistent=False)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1)."""
+        constants = {}
+        for k, window_length in enumerate(self.window_lengths):
+            arguments = (fft_length(window_length), self.sampling_rate, self.num_bins, self.f_min, self.f_max)
+            hann = np.hanning(window_length + 1)[:-1]  # periodic
+            # Zeros follow, so that a frame is as long as its transform: a shift of phase, which power does not see.
+            hann = np.pad(hann, (0, arguments[0] - window_length))
+            constants[f"window_{k}"] = torch.from_numpy(hann.astype(np.float32))
+            constants[f"bank_{k}"] = torch.cat([filter_bank(name, *arguments).T for name in self.filters])
+        return constants
+
+    def _apply(self, fn, recurse=True):
+        # `model.half()` and its like move the buffers but must not round them.
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32:
+                self.register_buffer(name, self.constants()[name].to(buffer.device), persistent=False)
+        return self
+
+    def num_frames(self, num_samples: int) -> int:
+        """T = ceil(N / frame_shift): a frame for each started step of the grid."""
+        return -(-num_samples // self.frame_shift)
+
+    def spectrogram(self, waveform: torch.Tensor, k: int) -> torch.Tensor:
+        """Eq. (1) for the window w_k, and the filter banks: (B, N) float32 -> (B, T, G * F) power."""
+        window_length, hop_length = self.window_lengths[k], self.hop_lengths[k]
+        num_frames = self.num_frames(waveform.shape[-1])
+        coarse = hop_length > self.frame_shift
+        if coarse:  # one frame more on each side, to interpolate with
+            count = -(-num_frames * self.frame_shift // hop_length) + 2
+        else:
+            count = num_frames * self.frame_shift // hop_length
+        left = (window_length - hop_length) // 2 + (hop_length if coarse else 0)
+        n_fft = fft_length(window_length)
+        right = (count - 1) * hop_length + n_fft - left - waveform.shape[-1]
+        frames = nn.functional.pad(waveform, (left, right)).unfold(-1, n_fft, hop_length)
+        # A graph that is being traced must not depend on how many slices there are.
+        ratio = max(self.frame_shift // hop_length, 1)
+        slices = [frames] if torch.compiler.is_compiling() else frames.split(SLICE * ratio, dim=1)
+        power = torch.cat([self.filtered_power(part, k) for part in slices], dim=1)
+        return frames_to_grid(power, hop_length, self.frame_shift, num_frames) if coarse else power
+
+    def filtered_power(self, frames: torch.Tensor, k: int) -> torch.Tensor:
+        """Frames (B, L, n_fft_k) -> power (B, L, G * F), averaged to the grid where their hop is the finer one."""
+        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"))
+        power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
+        # Bank and grid are both linear: whichever leaves less to compute goes first.
+        ratio = self.frame_shift // self.hop_lengths[k]
+        if ratio > 1:
+            power = frames_to_grid(power, self.hop_lengths[k], self.frame_shift, frames.shape[1] // ratio)
+        return nn.functional.linear(power, getattr(self, f"bank_{k}"))
+
+    def forward(
+        self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            waveform: (B, N), floats in [-1, 1].
+            sample_mask: (B, N), non-zero where the samples are a clip's own; `None` if all are.
+
+        Returns:
+            The MRMF spectrograms (B, T, G * K * F), float32, filter outermost, bin innermost; and the mask (B, T),
+            bool, of frames that hold any of the clip's samples, `None` for `None`.
+        """
+        frame_mask = None
+        if sample_mask is not None:
+            sample_mask = sample_mask.bool()
+            waveform = waveform.masked_fill(~sample_mask, 0)
+            padded = nn.functional.pad(sample_mask, (0, -sample_mask.shape[-1] % self.frame_shift))
+            frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
+        with torch.autocast(waveform.device.type, enabled=False):
+            waveform = waveform.float()
+            power = torch.stack([self.spectrogram(waveform, k) for k in range(len(self.window_lengths))], dim=2)
+            power = power.unflatten(-1, (len(self.filters), self.num_bins)).transpose(2, 3)  # (B, T, G, K, F)
+            return (power + self.log_offset).log().flatten(2), frame_mask
