@@ -52,6 +52,20 @@ def test_spectrograms_of_a_real_clip_are_torchaudios(real_clips):
             torch.testing.assert_close(features[:, g, k], expected, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("hop_lengths", [(160, 320, 640), (160, 960, 640)])
+@pytest.mark.parametrize(("clips", "length"), [(1, 480_001), (3, 400_000), (30, 10_000)])
+def test_slices_and_bands_change_nothing(clips, length, hop_lengths):
+    torch.manual_seed(0)
+    front_end = MRMFSpectrogram(window_lengths=(400, 1600, 1600), hop_lengths=hop_lengths)
+    waveform = torch.randn(clips, length)
+    features, _ = front_end(waveform)
+    assert features.shape == (clips, math.ceil(length / 320), 384)
+    torch.testing.assert_close(features, front_end.log_power(waveform, features.shape[1]), atol=1e-5, rtol=1e-5)
+    power = torch.rand(2, 10, front_end.bank_1.shape[1])
+    expected = torch.nn.functional.linear(power, front_end.bank_1)
+    torch.testing.assert_close(front_end.filtered(power, 1), expected)
+
+
 @pytest.mark.parametrize("frame", [0, 1, 50, 98, 99])
 def test_a_click_is_at_the_same_frame_in_all_resolutions(frame):
     clip = torch.zeros(1, 32_000)
