@@ -1,5 +1,8 @@
 """Multi-resolution multi-filter (MRMF) spectrograms, eqs. (1) and (2) of the paper."""
 
+from functools import reduce
+from math import lcm
+
 import numpy as np
 import torch
 from torch import nn
@@ -18,7 +21,11 @@ from .configuration_cat import (
     validate_mrmf,
 )
 
-SLICE = 2**13  # frames of the grid that are transformed at once: the spectra of an hour would take gigabytes
+# Frames of the grid that are transformed at once. On a CPU so few that spectra of some megabytes stay in its caches;
+# elsewhere so many that a batch is not cut up, but the spectra of an hour, gigabytes, are never held together.
+CPU_SLICE = 2**9
+SLICE = 2**16
+CPU_BAND = 16  # filters whose product with the spectrum is computed at once, over no more frequencies than they span
 MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
 
 
@@ -42,6 +49,12 @@ def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min:
     return torch.from_numpy(bank.astype(np.float32))
 
 
+def span(used: torch.Tensor) -> slice:
+    """(D,) bool -> the slice from the first to the last that is true."""
+    at = used.nonzero()[:, 0].tolist()
+    return slice(at[0], at[-1] + 1) if at else slice(0)
+
+
 def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_frames: int) -> torch.Tensor:
     """Brings a spectrogram to the common time grid: averages where it is finer, interpolates where it is coarser.
 
@@ -57,7 +70,8 @@ def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_f
     """
     if hop_length <= frame_shift:
         ratio = frame_shift // hop_length
-        return power if ratio == 1 else power.unflatten(1, (num_frames, ratio)).mean(2)
+        # A sum of slices: `mean` over a dimension that is not the last takes several times as long on a CPU.
+        return power if ratio == 1 else reduce(torch.add, power.unflatten(1, (num_frames, ratio)).unbind(2)).div_(ratio)
     ratio = hop_length // frame_shift
     before, here, after = power[:, :-2], power[:, 1:-1], power[:, 2:]
     cells = []
@@ -113,8 +127,13 @@ class MRMFSpectrogram(nn.Module):
         self.window_lengths, self.hop_lengths, self.frame_shift = tuple(window_lengths), tuple(hop_lengths), frame_shift
         self.filters, self.num_bins, self.f_min, self.f_max = tuple(filters), num_bins, f_min, f_max
         self.log_offset = log_offset
-        for name, constant in self.constants().items():
+        constants = self.constants()
+        for name, constant in constants.items():
             self.register_buffer(name, constant, persistent=False)
+        # For each resolution, the columns in which each `CPU_BAND` filters of its bank are not zero.
+        self.bands = [
+            [span(rows.any(0)) for rows in constants[f"bank_{k}"].split(CPU_BAND)] for k in range(len(window_lengths))
+        ]
 
     def constants(self) -> dict[str, torch.Tensor]:
         """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1)."""
@@ -140,34 +159,61 @@ class MRMFSpectrogram(nn.Module):
         """T = ceil(N / frame_shift): a frame for each started step of the grid."""
         return -(-num_samples // self.frame_shift)
 
-    def spectrogram(self, waveform: torch.Tensor, k: int) -> torch.Tensor:
-        """Eq. (1) for the window w_k, and the filter banks: (B, N) float32 -> (B, T, G * F) power."""
+    def spectrogram(self, waveform: torch.Tensor, k: int, num_frames: int, lead: int = 0) -> torch.Tensor:
+        """Eq. (1) for the window w_k, and the filter banks: (B, N) float32 -> (B, T, G * F) power.
+
+        The `num_frames` cells of the grid start `lead` samples into the waveform.
+        """
         window_length, hop_length = self.window_lengths[k], self.hop_lengths[k]
-        num_frames = self.num_frames(waveform.shape[-1])
         coarse = hop_length > self.frame_shift
         if coarse:  # one frame more on each side, to interpolate with
             count = -(-num_frames * self.frame_shift // hop_length) + 2
         else:
             count = num_frames * self.frame_shift // hop_length
-        left = (window_length - hop_length) // 2 + (hop_length if coarse else 0)
+        left = (window_length - hop_length) // 2 + (hop_length if coarse else 0) - lead
         n_fft = fft_length(window_length)
         right = (count - 1) * hop_length + n_fft - left - waveform.shape[-1]
         frames = nn.functional.pad(waveform, (left, right)).unfold(-1, n_fft, hop_length)
-        # A graph that is being traced must not depend on how many slices there are.
-        ratio = max(self.frame_shift // hop_length, 1)
-        slices = [frames] if torch.compiler.is_compiling() else frames.split(SLICE * ratio, dim=1)
-        power = torch.cat([self.filtered_power(part, k) for part in slices], dim=1)
+        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"))
+        squares = torch.view_as_real(spectrum).square_()  # in place: what is in the caches stays there
+        # Bank and grid are both linear: whichever leaves less to compute goes first.
+        if not coarse:
+            squares = frames_to_grid(squares, hop_length, self.frame_shift, num_frames)
+        power = self.filtered(squares[..., 0] + squares[..., 1], k)
         return frames_to_grid(power, hop_length, self.frame_shift, num_frames) if coarse else power
 
-    def filtered_power(self, frames: torch.Tensor, k: int) -> torch.Tensor:
-        """Frames (B, L, n_fft_k) -> power (B, L, G * F), averaged to the grid where their hop is the finer one."""
-        spectrum = torch.fft.rfft(frames * getattr(self, f"window_{k}"))
-        power = torch.addcmul(spectrum.real.square(), spectrum.imag, spectrum.imag)
-        # Bank and grid are both linear: whichever leaves less to compute goes first.
-        ratio = self.frame_shift // self.hop_lengths[k]
-        if ratio > 1:
-            power = frames_to_grid(power, self.hop_lengths[k], self.frame_shift, frames.shape[1] // ratio)
-        return nn.functional.linear(power, getattr(self, f"bank_{k}"))
+    def filtered(self, power: torch.Tensor, k: int) -> torch.Tensor:
+        """Power of each frequency (B, L, n_fft_k // 2 + 1) -> of each filter (B, L, G * F)."""
+        bank = getattr(self, f"bank_{k}")
+        if power.device.type != "cpu" or torch.compiler.is_compiling():
+            return nn.functional.linear(power, bank)
+        # Triangles are narrow: most of the product would be with zeros.
+        flat, parts = power.flatten(0, 1), zip(bank.split(CPU_BAND), self.bands[k])
+        filtered = torch.cat([flat[:, band] @ rows[:, band].T for rows, band in parts], dim=-1)
+        return filtered.unflatten(0, power.shape[:2])
+
+    def log_power(self, waveform: torch.Tensor, num_frames: int, lead: int = 0) -> torch.Tensor:
+        """All resolutions of a stretch of the grid: as `spectrogram`, but (B, T, G * K * F), and its logarithm."""
+        resolutions = range(len(self.window_lengths))
+        powers = [self.spectrogram(waveform, k, num_frames, lead).split(self.num_bins, dim=-1) for k in resolutions]
+        return (torch.cat([power for bank in zip(*powers) for power in bank], dim=-1) + self.log_offset).log()
+
+    def sliced_log_power(self, waveform: torch.Tensor) -> torch.Tensor:
+        """`log_power` of (B, N), computed for some clips or, where one is long, for a part of it at a time."""
+        num_frames = self.num_frames(waveform.shape[-1])
+        size = CPU_SLICE if waveform.device.type == "cpu" else SLICE
+        # The frames of all resolutions start together only so often.
+        period = lcm(self.frame_shift, *self.hop_lengths) // self.frame_shift
+        step = max(size // period, 1) * period
+        reach = max(fft_length(window) + 2 * hop for window, hop in zip(self.window_lengths, self.hop_lengths))
+        slices = []
+        for clips in waveform.split(max(size // max(num_frames, 1), 1)):
+            for start in range(0, num_frames, step):
+                stop = min(start + step, num_frames)
+                first = max(start * self.frame_shift - reach, 0)
+                part = clips[:, first : stop * self.frame_shift + reach]
+                slices.append(self.log_power(part, stop - start, start * self.frame_shift - first).flatten(0, 1))
+        return torch.cat(slices).unflatten(0, (-1, num_frames))
 
     def forward(
         self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
@@ -188,7 +234,9 @@ class MRMFSpectrogram(nn.Module):
             padded = nn.functional.pad(sample_mask, (0, -sample_mask.shape[-1] % self.frame_shift))
             frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
         with torch.autocast(waveform.device.type, enabled=False):
-            waveform = waveform.float()
-            power = torch.stack([self.spectrogram(waveform, k) for k in range(len(self.window_lengths))], dim=2)
-            power = power.unflatten(-1, (len(self.filters), self.num_bins)).transpose(2, 3)  # (B, T, G, K, F)
-            return (power + self.log_offset).log().flatten(2), frame_mask
+            # A graph that is being traced must not depend on how many slices there are.
+            if torch.compiler.is_compiling():
+                features = self.log_power(waveform.float(), self.num_frames(waveform.shape[-1]))
+            else:
+                features = self.sliced_log_power(waveform.float())
+        return features, frame_mask
