@@ -31,11 +31,12 @@ from transformers_cat.training.report import plot_means, write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
 ONE_SPECTROGRAM = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320]}  # 25 ms and 10 ms at 32 kHz
-CAUSAL_COLUMNS = {"w/o CL": WITHOUT_CAUSAL, "w. CL": {}}
+WITH_CAUSAL = {"causal_loss_weight": 1, "reconstruction_loss_weight": 1}  # the paper's weights
+CAUSAL_COLUMNS = {"w/o CL": WITHOUT_CAUSAL, "w. CL": WITH_CAUSAL}
 
 
 def global_attention(config) -> dict:
-    """One stage of global attention as in AST: as deep as all stages, as wide as the third, where most blocks are."""
+    """One stage of global attention as in AST: as deep as all stages, as wide as the third."""
     width = 4 * config.embed_dim
     heads = 2 * max(width // 64, 1)  # of 32 channels, as Swin's; a number that two filters can share
     return {
@@ -44,6 +45,7 @@ def global_attention(config) -> dict:
         "num_heads": [heads],
         "embed_dim": width,
         "patch_size": [16, 16],
+        "stem_channels": [],
     }
 
 
@@ -55,7 +57,7 @@ def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]
         return {"from scratch": {"CAT": ({}, [])}, "pre-trained": {"CAT": ({}, ["--init_from", args.init_from])}}
     base = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
     backbones = {"AST": global_attention(base), "CAT": {}}
-    rows = {"plain": {**ONE_SPECTROGRAM, **WITHOUT_CAUSAL}, "+ MRMF": WITHOUT_CAUSAL, "+ MRMF + CL": {}}
+    rows = {"plain": {**ONE_SPECTROGRAM, **WITHOUT_CAUSAL}, "+ MRMF": WITHOUT_CAUSAL, "+ MRMF + CL": WITH_CAUSAL}
     return {
         name: {backbone: ({**shape, **overrides}, []) for backbone, shape in backbones.items()}
         for name, overrides in rows.items()

@@ -287,8 +287,8 @@ def write(results: dict, folder: Path) -> None:
     if results["int8"]:
         lines += [
             "",
-            f"CAT with 8-bit linear layers: {results['int8']['ratio']:.2f} times the time of float32, the same top label "
-            f"for {100 * results['int8']['agreement']:.0f} % of 16 inputs.",
+            f"CAT with 8-bit linear layers: {results['int8']['ratio']:.2f} times the time of float32, the same top "
+            f"label for {100 * results['int8']['agreement']:.0f} % of 16 inputs.",
         ]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if not results["time"]:

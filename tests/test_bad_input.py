@@ -479,6 +479,8 @@ class TestConfiguration:
     @pytest.mark.parametrize("value", IMPOSSIBLE, ids=repr)
     @pytest.mark.parametrize("name", OWN)
     def test_an_impossible_value_of_any_field_is_named(self, name, value):
+        if name == "stem_channels" and value == []:
+            return  # no stem
         with pytest.raises((ValueError, TypeError, StrictDataclassError), match=f"(?s)`?{name}"):
             small_config(**{name: value})
 

@@ -61,7 +61,7 @@ def test_impossible_values_are_refused_by_name(arguments, named):
         CATConfig(**arguments)
 
 
-@pytest.mark.parametrize("name, embed_dim, depths", [("nano", 32, 8), ("tiny", 96, 12), ("base", 128, 24)])
+@pytest.mark.parametrize("name, embed_dim, depths", [("nano", 64, 3), ("tiny", 96, 12), ("base", 128, 24)])
 def test_named_sizes_are_configurations(request, name, embed_dim, depths):
     config = AutoConfig.from_pretrained(request.config.rootpath / "model_cards" / f"cat-{name}")
     assert isinstance(config, CATConfig)

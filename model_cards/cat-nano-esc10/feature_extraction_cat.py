@@ -172,12 +172,15 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, N[, 1]) samples and (B, N) mask -> `input_values` and mask, on `device`."""
         values = torch.from_numpy(waveforms).to(device)
-        masks = torch.from_numpy(masks).to(device)
+        # Clips of one length are the common case, and masking them would copy all there is.
+        sample_mask = None if self.do_mrmf and masks.all() else torch.from_numpy(masks).to(device)
         if not self.do_mrmf:
-            return values, masks
+            return values, sample_mask
         self._mrmf.to(device)
-        values, frame_mask = self._mrmf(values.squeeze(-1), masks)
-        return values.masked_fill(~frame_mask[..., None], self.padding_value), frame_mask.int()
+        values, frame_mask = self._mrmf(values.squeeze(-1), sample_mask)
+        if frame_mask is None:
+            return values, torch.ones(values.shape[:2], dtype=torch.int32, device=values.device)
+        return values.masked_fill_(~frame_mask[..., None], self.padding_value), frame_mask.int()
 
     def _check_sampling_rate(self, sampling_rate: int | None) -> None:
         if sampling_rate is None:

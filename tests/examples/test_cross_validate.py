@@ -133,6 +133,7 @@ def test_rows_of_table_c(example):
     args.config_overrides = "{}"
     cells = script.cells(args)
     assert list(cells) == ["plain", "+ MRMF", "+ MRMF + CL"] and list(cells["plain"]) == ["AST", "CAT"]
-    assert cells["+ MRMF + CL"]["CAT"] == ({}, [])
-    shape = {"window_size": None, "depths": [8], "num_heads": [4], "embed_dim": 128, "patch_size": [16, 16]}
-    assert cells["+ MRMF + CL"]["AST"] == (shape, [])
+    causal = {"causal_loss_weight": 1, "reconstruction_loss_weight": 1}
+    assert cells["+ MRMF + CL"]["CAT"] == (causal, [])
+    shape = {"window_size": None, "depths": [3], "num_heads": [8], "embed_dim": 256, "patch_size": [16, 16]}
+    assert cells["+ MRMF + CL"]["AST"] == ({**shape, "stem_channels": [], **causal}, [])
