@@ -191,38 +191,45 @@ class CATBatchNorm(nn.BatchNorm1d):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, ..., C), mask (B, T) bool or `None` -> the same shape in float32, zero on padding."""
         features = features.float()
-        weight = None
-        if frame_mask is not None:
-            weight = frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
-        if self.training:
-            mean, variance, count = self._statistics(features, weight)
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
-                rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
-                unbiased = variance * count / (count - 1).clamp(min=1)
-                self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
-                self.running_var.copy_(torch.lerp(self.running_var.float(), unbiased, rate))
-        else:
-            mean, variance = self.running_mean.float(), self.running_var.float()
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight.float()
-        features = (features - mean) * scale
-        if self.affine:
-            features = features + self.bias.float()
-        return features if weight is None else features * weight
+        if not self.training:
+            normalised = self._normalise(features, self.running_mean.float(), self.running_var.float())
+            return normalised if frame_mask is None else normalised * self._weight(features, frame_mask)
+        if frame_mask is None:  # PyTorch's own kernel: a fifth of the time of the formula below
+            mean, variance = features.new_zeros(2, self.num_features)
+            normalised = self._normalise(features, mean, variance, training=True)
+            self._track(mean, variance)
+            return normalised
+        weight = self._weight(features, frame_mask)
+        dims = tuple(range(features.ndim - 1))
+        count = (weight.sum() * features.shape[2:-1].numel()).clamp(min=1)
+        mean = (features * weight).sum(dims) / count
+        variance = ((features - mean).square() * weight).sum(dims) / count
+        self._track(mean, variance * count / (count - 1).clamp(min=1))
+        return self._affine((features - mean) * (variance + self.eps).rsqrt()) * weight
+
+    def _normalise(self, features, mean, variance, training: bool = False) -> torch.Tensor:
+        """By the given statistics or, in training, by the batch's own, which then replace the given ones."""
+        scale, shift = (self.weight.float(), self.bias.float()) if self.affine else (None, None)
+        rows = features.reshape(-1, self.num_features)
+        rows = nn.functional.batch_norm(rows, mean, variance, scale, shift, training, momentum=1.0, eps=self.eps)
+        return rows.view(features.shape)
+
+    def _affine(self, features: torch.Tensor) -> torch.Tensor:
+        return features * self.weight.float() + self.bias.float() if self.affine else features
 
     @staticmethod
-    def _statistics(features: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Mean and variance over what holds audio, (C,) each, and of how many values."""
-        dims = tuple(range(features.ndim - 1))
-        if weight is None:
-            variance, mean = torch.var_mean(features, dims, correction=0)
-            return mean, variance, torch.tensor(features.numel() // features.shape[-1], device=features.device)
-        count = (weight.sum() * (features.shape[2:-1].numel())).clamp(min=1)
-        mean = (features * weight).sum(dims) / count
-        return mean, ((features - mean).square() * weight).sum(dims) / count, count
+    def _weight(features: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """(B, T, 1, ...): 1 where there is audio, 0 on padding."""
+        return frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Moves the running averages towards a batch's mean and unbiased variance."""
+        self.num_batches_tracked += 1
+        # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
+        rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+        self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
+        self.running_var.copy_(torch.lerp(self.running_var.float(), variance, rate))
 
 
 class CATPositionEmbedding(nn.Module):
