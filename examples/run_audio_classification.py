@@ -173,6 +173,7 @@ class DataArguments:
     mixup_alpha: float = field(default=1.0, metadata={"help": "Mixing shares come from Beta(alpha, alpha)."})
     time_roll: float = field(default=1.0, metadata={"help": "Largest cyclic shift, as a share of the clip; 0: none."})
     gain_db: float = field(default=6.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
+    speed: float = field(default=1.25, metadata={"help": "Largest factor of playing faster or slower; 1: none."})
     time_mask: int = field(default=96, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
     freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})
 
@@ -585,6 +586,7 @@ def build_collator(data_args: DataArguments, feature_extractor, num_labels: int,
         mixup_alpha=data_args.mixup_alpha,
         time_roll=data_args.time_roll,
         gain_db=data_args.gain_db,
+        speed=data_args.speed,
         # Without spectrograms there is nothing to mask yet.
         time_mask=0 if data_args.features_on_device else data_args.time_mask,
         freq_mask=0 if data_args.features_on_device else data_args.freq_mask,

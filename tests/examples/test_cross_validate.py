@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from transformers_cat.training import read_scores
 
@@ -27,7 +28,7 @@ CONFIG = {
 def example(monkeypatch):
     """Imports a script of the examples."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    for name in ("run_audio_classification", "cross_validate", "transfer", "ablate"):
+    for name in ("run_audio_classification", "cross_validate", "transfer", "ablate", "compare_models"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module
 
@@ -137,3 +138,34 @@ def test_rows_of_table_c(example):
     assert cells["+ MRMF + CL"]["CAT"] == (causal, [])
     shape = {"window_size": None, "depths": [3], "num_heads": [8], "embed_dim": 256, "patch_size": [16, 16]}
     assert cells["+ MRMF + CL"]["AST"] == ({**shape, "stem_channels": [], **causal}, [])
+
+
+def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example, folder, tmp_path):
+    script = example("compare_models")
+    own = ["--models", "cat", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15"]
+    results = script.main(flags(folder, tmp_path, *own, "--learning_rates", "1e-9", "1e-3"))
+    assert list(results) == ["cat", "cnn"]
+    for model, own in results.items():
+        assert own["learning_rate"] == max(own["tuning"], key=own["tuning"].get)
+        assert set(own["folds"]) == {"2"} and own["mean"] == own["folds"]["2"]
+        done = {path.parent.name for path in (tmp_path / model).glob("*/seed0/*/results.json")}
+        assert done == {"fold1", "fold2"}
+    assert "| cnn | 0.39 M |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["cnn", "hts-at", "ast"])
+def test_peers_read_long_clips_in_pieces_and_learn_from_soft_labels(example, kind):
+    peers = example("peers")
+    torch.manual_seed(0)
+    model = peers.PeerForAudioClassification(peers.PeerConfig(kind=kind, num_frames=64, num_labels=3)).eval()
+    first, second = torch.randn(2, 2, 64, 64).unbind()
+    logits = [model(piece).logits for piece in (first, second)]
+    together = model(torch.cat([first, second], dim=1)).logits
+    assert together.shape == (2, 3)
+    if kind != "cnn":
+        torch.testing.assert_close(together, (logits[0] + logits[1]) / 2)
+    model.train()(first, labels=torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]])).loss.backward()
+    assert all(value.grad is not None for name, value in model.named_parameters() if "position" not in name)
+    with pytest.raises(ValueError, match="There is no peer 'resnet'"):
+        peers.write_peer("resnet", 1.0, "nowhere")

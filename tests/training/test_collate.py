@@ -10,7 +10,7 @@ from transformers_cat import CATFeatureExtractor
 from transformers_cat.training.collate import MAX_MASKED_SHARE, AudioCollator
 from transformers_cat.training.data import decode_audio, load_audio_dataset
 
-OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 0, "freq_mask": 0}
+OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 0, "freq_mask": 0, "speed": 1.0}
 WAVEFORMS = CATFeatureExtractor(do_mrmf=False)
 FEATURES = CATFeatureExtractor()
 RATE = FEATURES.sampling_rate
@@ -177,6 +177,37 @@ class TestWaveforms:
         assert -6 <= float(decibels.min()) < -4 and 4 < float(decibels.max()) <= 6
         assert torch.equal(collator()(clips)["input_values"][0], torch.from_numpy(clips[0]["audio"]))
 
+    def test_a_crop_gives_up_no_sound_for_silence(self):
+        ramp = np.arange(1, 101, dtype="float32") / 1000
+        clip = np.pad(ramp, (1000, 2000), constant_values=1e-5)  # as a lossy codec leaves zeros
+        starts = []
+        for _ in range(50):
+            cropped = collator(max_length_seconds=400 / RATE)([{"audio": clip, "label": 0}])["input_values"][0].numpy()
+            starts.append(int(np.argmax(cropped > 5e-4)))
+            np.testing.assert_array_equal(cropped[starts[-1] : starts[-1] + 100], ramp)
+            assert len(cropped) == 400 and np.count_nonzero(cropped) == 100
+        assert min(starts) < 60 and max(starts) > 240
+        for _ in range(50):
+            batch = collator(max_length_seconds=60 / RATE)([{"audio": clip, "label": 0}])
+            assert (batch["input_values"] > 5e-4).all()
+        silent = [{"audio": np.zeros(1000, "float32"), "label": 0}]
+        assert not collator(max_length_seconds=400 / RATE)(silent)["input_values"].any()
+
+    def test_speed_changes_length_and_pitch_alike(self):
+        tone = np.sin(2 * np.pi * np.arange(8000) / 40).astype("float32")
+        lengths = []
+        for _ in range(50):
+            row = collator(speed=1.25)([{"audio": tone, "label": 0}])["input_values"][0].numpy()
+            lengths.append(len(row))
+            periods = np.count_nonzero(np.diff(np.signbit(row))) / 2
+            assert periods == pytest.approx(200, abs=1)
+        factors = np.log(8000 / np.array(lengths)) / np.log(1.25)
+        assert -1 <= factors.min() < -0.8 and 0.8 < factors.max() <= 1
+        assert abs(factors.mean()) < 4 * (1 / 3 / 50) ** 0.5
+        # A crop has its length whatever the speed.
+        batch = collator(speed=1.25, max_length_seconds=1000 / RATE)([{"audio": tone, "label": 0}])
+        assert batch["input_values"].shape == (1, 1000)
+
     def test_crop(self):
         torch.manual_seed(0)
         ramp = np.arange(1, 1001, dtype="float32") / 1000
@@ -314,6 +345,7 @@ class TestWhole:
         ({"time_roll": 2.0}, "time_roll is a share"),
         ({"gain_db": -1.0}, "gain_db must not be negative"),
         ({"extractor": FEATURES, "time_mask": -1}, "time_mask must not be negative"),
+        ({"speed": 0.8}, "speed is a factor of at least 1, not 0.8"),
         ({"max_length_seconds": 0.0}, "max_length_seconds must be positive or None"),
         ({"extractor": FEATURES, "freq_mask": 65}, "freq_mask=65 is wider than 64 bins"),
         ({"time_mask": 10}, "SpecAugment needs .* do_mrmf=True, or .* time_mask=0 and freq_mask=0"),

@@ -14,14 +14,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 # A time band never covers more of a clip than this, however short the clip is.
 MAX_MASKED_SHARE = 0.5
+# Digital silence, of full scale: the smallest step of 16 bits, which lossy codecs may leave in what was zero.
+SILENCE = 2**-15
 
 
 @dataclass
 class AudioCollator:
     """Collate `{"audio": waveform (N,), "label": ...}` into a batch for the model.
 
-    In training, in this order: a random crop, a cyclic time roll, a gain, mixup of waveforms and labels, the feature
-    extractor, SpecAugment. In evaluation: the feature extractor and nothing else.
+    In training, in this order: a random crop at a random speed, a cyclic time roll, a gain, mixup of waveforms and
+    labels, the feature extractor, SpecAugment. In evaluation: the feature extractor and nothing else.
 
     A label is a class id, a list of class ids (several labels), or a row of float targets (num_labels,).
 
@@ -36,10 +38,13 @@ class AudioCollator:
         gain_db: largest gain, up or down, in dB.
         time_mask: bound on the width of SpecAugment's time band, in frames (10 ms); at most half of a clip.
         freq_mask: bound on the width of SpecAugment's frequency band, in bins.
-        max_length_seconds: longer clips are cut to this length at a random place in training. Evaluation reads whole
-            clips.
+        speed: largest factor, up or down, by which a clip is played faster, higher with it; drawn log-uniformly. The
+            1.25 of the strong augmentation of Tokozume et al. (2018).
+        max_length_seconds: longer clips are cut to this length at a random place in training. A crop never gives up
+            sound for digital silence: where a clip starts or ends with it, as files that were filled up to a common
+            length do, it holds all of the sound, at a random place, or nothing but sound. Evaluation reads whole clips.
 
-    A zero (or None for the length) switches an augmentation off.
+    A zero (or 1 for the speed, None for the length) switches an augmentation off.
 
     Returns:
         A dict with the extractor's outputs, `input_values` (B, T, D) and `attention_mask` (B, T), and `labels`: int64
@@ -58,6 +63,7 @@ class AudioCollator:
     gain_db: float = 6.0
     time_mask: int = 96
     freq_mask: int = 12
+    speed: float = 1.25
     max_length_seconds: float | None = None
 
     def __post_init__(self):
@@ -69,6 +75,8 @@ class AudioCollator:
             raise ValueError(f"time_roll is a share of the clip in [0, 1], not {self.time_roll}")
         if self.gain_db < 0:
             raise ValueError(f"gain_db must not be negative, not {self.gain_db}")
+        if self.speed < 1:
+            raise ValueError(f"speed is a factor of at least 1, not {self.speed}; 1 plays every clip as it is")
         if self.max_length_seconds is not None and self.max_length_seconds <= 0:
             raise ValueError(f"max_length_seconds must be positive or None, not {self.max_length_seconds}")
         masks = self.training and (self.time_mask or self.freq_mask)
@@ -135,13 +143,24 @@ class AudioCollator:
             )
 
     def _crop(self, waveform: Tensor) -> Tensor:
-        if self.max_length_seconds is None:
+        """A crop at a random speed, of all the sound or of nothing else."""
+        speed = self.speed ** float(2 * torch.rand(()) - 1) if self.speed > 1 else 1.0
+        length = max(round(len(waveform) / speed), 1)
+        if self.max_length_seconds is not None:
+            length = min(length, round(self.max_length_seconds * self.feature_extractor.sampling_rate))
+        if speed == 1 and length == len(waveform):
             return waveform
-        length = round(self.max_length_seconds * self.feature_extractor.sampling_rate)
-        if len(waveform) <= length:
-            return waveform
-        start = int(torch.randint(len(waveform) - length + 1, ()))
-        return waveform[start : start + length]
+        sound = _without_silent_ends(waveform)
+        span = round(length * speed)  # of the original, for a crop
+        if len(sound) > span:
+            start = int(torch.randint(len(sound) - span + 1, ()))
+            sound = sound[start : start + span]
+        if speed != 1:
+            size = min(max(round(len(sound) / speed), 1), length)
+            sound = torch.nn.functional.interpolate(sound[None, None], size=size, mode="linear")[0, 0]
+        missing = length - len(sound)
+        before = int(torch.randint(missing + 1, ())) if missing else 0
+        return torch.nn.functional.pad(sound, (before, missing - before))
 
     def _roll(self, waveform: Tensor) -> Tensor:
         if not self.time_roll:
@@ -175,6 +194,12 @@ class AudioCollator:
             torch.where(mixed, torch.maximum(lengths, lengths[partner]), lengths),
             share * labels + (1 - share) * labels[partner],
         )
+
+
+def _without_silent_ends(waveform: Tensor) -> Tensor:
+    """From the first sample that is not silent to the last; all of it if every sample is."""
+    loud = (waveform.abs() > SILENCE).nonzero()
+    return waveform[int(loud[0]) : int(loud[-1]) + 1] if len(loud) else waveform
 
 
 @dataclass

@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+r"""CAT beside models of its size, from scratch, on the same clips with the same recipe.
+
+    python examples/compare_models.py --data ../shared/data/esc10 --config_name model_cards/cat-nano \
+        --output_dir runs/compare
+
+Every model (`cat`, and the peers in `peers.py`) is trained with each of the learning rates on the first fold, and with
+the rate that was best there on the others. What counts are those other folds: the first has chosen something. All other
+flags are those of `cross_validate.py`, which resumes what was interrupted. The result is `results.json`, `table.md` and
+`table.png`.
+"""
+
+import argparse
+from pathlib import Path
+
+import cross_validate
+from peers import PEERS, write_peer
+from transformers import AutoModelForAudioClassification
+
+from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
+from transformers_cat.training.report import plot_means, write_json
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Own arguments, and the flags of each run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--models", nargs="+", choices=["cat", *PEERS], default=["cat", *PEERS])
+    parser.add_argument("--config_name", required=True, help="folder or id with the config.json of the CAT")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--folds", type=int, nargs="+", required=True, help="the first one chooses the learning rate")
+    parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args, flags = parser.parse_known_args(argv)
+    if len(set(args.folds)) < 2:
+        parser.error("--folds needs at least two: one to choose the learning rate, and others to report on")
+    return args, flags
+
+
+def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
+    """Choose the learning rate on the first fold, then train on the others."""
+    own = ["--max_length_seconds", str(args.max_length_seconds)]
+    if model == "cat":
+        own += ["--config_name", args.config_name]
+    else:
+        own += ["--config_name", str(write_peer(model, args.max_length_seconds, args.output_dir / "peers" / model))]
+    first, *others = args.folds
+
+    def cross_validated(rate: float, folds: list[int]) -> tuple[Path, dict]:
+        folder = args.output_dir / model / f"{rate:g}"
+        command = [*flags, *own, "--learning_rate", str(rate), "--output_dir", str(folder)]
+        return folder, cross_validate.main([*command, "--folds", *map(str, folds)])
+
+    tuning = {rate: cross_validated(rate, [first])[1]["mean"] for rate in args.learning_rates}
+    best = max(tuning, key=tuning.get)
+    folder, summary = cross_validated(best, others)
+    trained = AutoModelForAudioClassification.from_pretrained(folder / f"seed0/fold{others[0]}")
+    mean, deviation = mean_and_deviation([run["metrics"]["eval_accuracy"] for run in summary["runs"]])
+    return {
+        "learning_rate": f"{best:g}",
+        "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
+        "folds": {str(run["fold"]): run["metrics"]["eval_accuracy"] for run in summary["runs"]},
+        "mean": mean,
+        "deviation": deviation,
+        "note": summary["note"],
+        "parameters": trained.num_parameters(),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the script.
+
+    Returns:
+        The content of `results.json`.
+    """
+    args, flags = parse_arguments(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = {model: measure(model, args, flags) for model in args.models}
+    write_json(args.output_dir / "results.json", results)
+    rows = [
+        [
+            model,
+            f"{own['parameters'] / 1e6:.2f} M",
+            own["learning_rate"],
+            f"{100 * max(own['tuning'].values()):.1f}",
+            per_cent(own["mean"], own["deviation"]),
+        ]
+        for model, own in results.items()
+    ]
+    header = ["model", "parameters", "learning rate", f"fold {args.folds[0]} (chose it)"]
+    table = markdown_table([*header, f"folds {', '.join(map(str, args.folds[1:]))}"], rows)
+    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    means = {model: {"accuracy": (own["mean"], own["deviation"])} for model, own in results.items()}
+    plot_means(means, args.output_dir / "table.png", "accuracy, %")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Models to compare CAT with: of its size, from the same spectrograms, with the same loss.
+
+All read one log-mel spectrogram (64 bins, 25 ms window, 10 ms hop), as HTS-AT does, behind a batch norm of the bins:
+
+cnn      four times 3x3 convolution, batch norm, ReLU and 2x2 max pooling; mean plus maximum over the map; dropout
+hts-at   transformers' `ClapAudioModel` (Chen et al., 2022)
+ast      transformers' `ASTModel` (Gong et al., 2021), with its overlapping 16x16 patches
+
+The last two read a fixed length, that of the training crops: a longer clip is cut into pieces of it, whose scores are
+averaged. Padding is not masked: this is for data sets whose clips have one length.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    ASTConfig,
+    ASTModel,
+    AutoConfig,
+    AutoModelForAudioClassification,
+    ClapAudioConfig,
+    ClapAudioModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from transformers_cat import CATFeatureExtractor
+
+BINS = 64
+
+
+class PeerConfig(PreTrainedConfig):
+    """Which peer, and how many frames it reads at once."""
+
+    model_type = "cat-peer"
+
+    def __init__(self, kind: str = "cnn", num_frames: int = 256, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+        self.num_frames = num_frames
+
+
+class CNN(nn.Module):
+    """(B, T, 64) -> (B, 256)."""
+
+    def __init__(self, config: PeerConfig, channels: tuple[int, ...] = (32, 64, 128, 256)):
+        super().__init__()
+        layers = []
+        for before, after in zip((1, *channels), channels):
+            convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
+        self.layers = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(0.3)
+        self.width = channels[-1]
+
+    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        features = self.layers(spectrogram[:, None]).flatten(2)
+        return self.dropout(features.mean(2) + features.amax(2))
+
+
+class HTSAT(nn.Module):
+    """(B, T, 64) -> (B, 192); T is at most `num_frames`."""
+
+    width = 192
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        # Its image of S x S holds S * S / 64 frames of 64 bins; windows as wide as the last stage's map.
+        size = 256 if config.num_frames > 256 else 128
+        self.model = ClapAudioModel(
+            ClapAudioConfig(
+                spec_size=size,
+                window_size=size // 32,
+                num_mel_bins=BINS,
+                patch_embeds_hidden_size=24,
+                depths=[2, 2, 2, 2],
+                num_attention_heads=[2, 4, 8, 16],
+                hidden_size=self.width,
+            )
+        )
+
+    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        return self.model(spectrogram[:, None]).pooler_output
+
+
+class AST(nn.Module):
+    """(B, T, 64) -> (B, 192); T is `num_frames`."""
+
+    width = 192
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        self.frames = config.num_frames
+        self.model = ASTModel(
+            ASTConfig(
+                hidden_size=self.width,
+                num_hidden_layers=3,
+                num_attention_heads=3,
+                intermediate_size=4 * self.width,
+                max_length=config.num_frames,
+                num_mel_bins=BINS,
+            )
+        )
+
+    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
+        return self.model(nn.functional.pad(spectrogram, (0, 0, 0, self.frames - spectrogram.shape[1]))).pooler_output
+
+
+PEERS = {"cnn": CNN, "hts-at": HTSAT, "ast": AST}
+
+
+class PeerForAudioClassification(PreTrainedModel):
+    """A peer with a linear head, on the features (B, T, 64) of `CATFeatureExtractor` with one filter and one window."""
+
+    config_class = PeerConfig
+    base_model_prefix = "body"
+    main_input_name = "input_values"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.norm = nn.BatchNorm1d(BINS)
+        self.body = PEERS[config.kind](config)
+        self.classifier = nn.Linear(self.body.width, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the bodies of transformers have initialised themselves, and the rest is as PyTorch makes it."""
+
+    def forward(self, input_values, attention_mask=None, labels=None, **kwargs) -> SequenceClassifierOutput:
+        """`labels`: (B,) class indices, or (B, num_labels) probabilities."""
+        spectrogram = self.norm(input_values.transpose(1, 2)).transpose(1, 2)
+        pieces = [spectrogram] if self.config.kind == "cnn" else spectrogram.split(self.config.num_frames, dim=1)
+        logits = torch.stack([self.classifier(self.body(piece)) for piece in pieces]).mean(0)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register("cat-peer", PeerConfig)
+AutoModelForAudioClassification.register(PeerConfig, PeerForAudioClassification)
+
+
+def write_peer(kind: str, seconds: float, folder: str | Path) -> Path:
+    """Writes what `--config_name` needs to train a peer from scratch: its configuration and feature extractor.
+
+    Args:
+        kind: One of `PEERS`.
+        seconds: Length of the training crops.
+        folder: To write to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: There is no such peer.
+    """
+    if kind not in PEERS:
+        raise ValueError(f"There is no peer {kind!r}, only {', '.join(PEERS)}")
+    extractor = CATFeatureExtractor(filters=["mel"], window_lengths=[800], hop_lengths=[320], num_bins=BINS)
+    num_frames = round(seconds * extractor.sampling_rate / extractor.frame_shift)
+    PeerConfig(kind=kind, num_frames=num_frames).save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    return Path(folder)
