@@ -414,7 +414,8 @@ def renew_head(model: PreTrainedModel) -> None:
         outside = not name.startswith(f"{model.base_model_prefix}.")
         if outside and isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels:
             torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
-            torch.nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
 
 
 def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):

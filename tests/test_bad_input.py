@@ -356,11 +356,13 @@ class TestForward:
         with pytest.raises(ValueError, match="NaN, infinite or huge"):
             model(values)
 
-    def test_meta_tensors_pass_in_evaluation(self):
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("shape", [(2, 40, 384), (2, 12_800)])
+    def test_meta_tensors_pass(self, shape, training):
         with torch.device("meta"):
-            model = CATForAudioClassification(small_config()).eval()
-            mask = torch.ones(2, 40, dtype=torch.int32)
-            outputs = model(torch.empty(2, 40, 384), attention_mask=mask, labels=torch.zeros(2, dtype=torch.long))
+            model = CATForAudioClassification(small_config()).to("meta").train(training)
+            mask = torch.ones(shape[:2], dtype=torch.int32)
+            outputs = model(torch.empty(shape), attention_mask=mask, labels=torch.zeros(2, dtype=torch.long))
         assert outputs.logits.shape == (2, 5) and outputs.loss.is_meta
 
 
