@@ -308,7 +308,7 @@ class CATStem(nn.Module):
         super().__init__()
         channels = [config.num_resolutions, *config.stem_channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=(0, 1), bias=False)
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             for before, after in zip(channels, channels[1:])
         )
         for convolution in self.convolutions:
@@ -321,10 +321,10 @@ class CATStem(nn.Module):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, F, K), mask (B, T) -> (B, t, f, C)."""
         for convolution, norm in zip(self.convolutions, self.norms):
-            # Zeros on both sides of time too, but by hand: so ceil(T / 2) is one expression where T is symbolic.
-            features = nn.functional.pad(pad_time(features, 2, 1), (0, 0, 0, 0, 1, 0))
+            half = -(-features.shape[1] // 2)
             # Channels last, as it comes: the permutations move no data.
             features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
+            features = crop_time(features, half, 1)  # its length already; but so one expression where T is symbolic
             frame_mask = any_of(frame_mask, 2)
             features = zero_padding(self.activation(norm(features, frame_mask)), frame_mask)
         return self.output(features.to(self.output.weight.dtype))
