@@ -263,8 +263,8 @@ def flops_of(name: str) -> int:
     return counter.get_total_flops()
 
 
-def write(results: dict, folder: Path) -> None:
-    """table.md, benchmark.png"""
+def table(results: dict) -> list[str]:
+    """The lines of table.md."""
     lines = ["| what | " + " | ".join(MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
     for task, cells in results["time"].items():
         row = [
@@ -290,7 +290,12 @@ def write(results: dict, folder: Path) -> None:
             f"CAT with 8-bit linear layers: {results['int8']['ratio']:.2f} times the time of float32, the same top "
             f"label for {100 * results['int8']['agreement']:.0f} % of 16 inputs.",
         ]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return lines
+
+
+def write(results: dict, folder: Path) -> None:
+    """table.md, benchmark.png"""
+    (folder / "table.md").write_text("\n".join(table(results)) + "\n", encoding="utf-8")
     if not results["time"]:
         return
     figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")

@@ -11,14 +11,14 @@ argument that ends in .json is a file with all of them. The flags are those of T
 of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`.
 
 The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
-`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; with
-`--average_last_epochs N` the model is the mean of the last N.
+`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; otherwise the model is the
+mean of the last epochs (`--average_last_epochs`).
 
 AudioSet (a folder with its tables and clips, or better, what `prepare_audio.py` makes of it), on 4 GPUs:
 
     torchrun --nproc_per_node 4 examples/run_audio_classification.py --data /data/audioset --on_bad_audio skip \
-        --config_name model_cards/cat-tiny --output_dir runs/audioset --do_train --do_eval \
-        --balanced_sampling --features_on_device --average_last_epochs 5 --bf16 --dataloader_num_workers 8
+        --config_name model_cards/cat-tiny --output_dir runs/audioset --do_train --do_eval --max_length_seconds 10 \
+        --balanced_sampling --features_on_device --bf16 --dataloader_num_workers 8
 
 Other models of `AutoModelForAudioClassification` run with `--mixup_probability 0 --time_mask 0 --freq_mask 0`: their
 losses may not take soft labels, and the masks need this package's features.
@@ -159,7 +159,7 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many clips, drawn by seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many clips, drawn by seed."})
     max_length_seconds: float = field(
-        default=20.0, metadata={"help": "Training cuts longer clips to this length, at random; 0 never cuts."}
+        default=2.5, metadata={"help": "Training cuts longer clips to this length, at random; 0 never cuts."}
     )
     balanced_sampling: bool = field(
         default=False,
@@ -174,7 +174,7 @@ class DataArguments:
     time_roll: float = field(default=1.0, metadata={"help": "Largest cyclic shift, as a share of the clip; 0: none."})
     gain_db: float = field(default=6.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
     speed: float = field(default=1.25, metadata={"help": "Largest factor of playing faster or slower; 1: none."})
-    time_mask: int = field(default=96, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
+    time_mask: int = field(default=48, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
     freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})
 
     def __post_init__(self):
@@ -194,7 +194,7 @@ def _recipe(name: str, default):
 class RecipeArguments(TrainingArguments):
     """TrainingArguments with the defaults of the recipe for small data sets."""
 
-    num_train_epochs: float = _recipe("num_train_epochs", 60.0)
+    num_train_epochs: float = _recipe("num_train_epochs", 100.0)
     per_device_train_batch_size: int = _recipe("per_device_train_batch_size", 16)
     learning_rate: float = _recipe("learning_rate", 1e-3)
     weight_decay: float = _recipe("weight_decay", 0.05)
@@ -212,8 +212,12 @@ class RecipeArguments(TrainingArguments):
         default_factory=lambda: ["labels"], metadata=TrainingArguments.__dataclass_fields__["label_names"].metadata
     )
     seed: int = _recipe("seed", 0)
-    average_last_epochs: int = field(
-        default=0, metadata={"help": "Average the weights after so many last epochs; 0: take the last ones."}
+    average_last_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Average the weights after so many last epochs; 0: take the last ones. Default: 5, where no clips "
+            "choose the epoch and at least 10 are trained."
+        },
     )
     report_to: None | str | list[str] = _recipe("report_to", "tensorboard" if is_tensorboard_available() else "none")
     hub_strategy: HubStrategy | str = _recipe("hub_strategy", "end")  # a repository is complete, or it is not there
@@ -574,6 +578,10 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
         # TrainingArguments derives this only from a metric that is named on the command line.
         if args.greater_is_better is None:
             args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    if args.average_last_epochs is None:
+        whole = args.max_steps <= 0 and args.num_train_epochs >= 10
+        sharded = args.fsdp or args.deepspeed
+        args.average_last_epochs = 5 if whole and not sharded and not args.load_best_model_at_end else 0
     return args
 
 

@@ -418,10 +418,10 @@ class CATRelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
         self.register_buffer("index", relative_position_index(window), persistent=False)
 
-    def forward(self) -> torch.Tensor:
-        """-> (heads, tokens, tokens)."""
-        tokens = self.window[0] * self.window[1]
-        return self.table[self.index].view(tokens, tokens, -1).permute(2, 0, 1)
+    def forward(self, t: int) -> torch.Tensor:
+        """For the first `t` time steps of a window -> (heads, tokens, tokens)."""
+        index = self.index.view(self.window * 2)[:t, :, :t]
+        return self.table[index].flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
 class CATAttention(nn.Module):
@@ -439,24 +439,26 @@ class CATAttention(nn.Module):
         self.head_dim = width // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.window = config.window_shape(stage)
         self.qkv = nn.ModuleList(
             CATLinear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
         )
         self.output = CATLinear(width, width)
         # Global attention takes positions from the embedding alone, as in AST: its window has no fixed size.
-        self.position_bias = CATRelativePositionBias(self.window, self.num_heads) if self.window else None
+        window = config.window_shape(stage)
+        self.position_bias = CATRelativePositionBias(window, self.num_heads) if window else None
 
     def forward(
         self,
         streams: torch.Tensor,
+        window: tuple[int, int],
         shift: tuple[int, int],
         mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            streams: (G, B, t, f, C), normalised; the window divides (t, f).
+            streams: (G, B, t, f, C), normalised.
+            window: Tokens along (t, f), which it divides.
             shift: Cyclic shift of the windows along (t, f).
             mask: From `attention_mask_of_windows`.
 
@@ -464,7 +466,6 @@ class CATAttention(nn.Module):
             (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
         """
         _, b, t, f, _ = streams.shape
-        window = self.window or (t, f)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -478,7 +479,7 @@ class CATAttention(nn.Module):
             query,
             key,
             value,
-            self.bias(mask, b),
+            self.bias(mask, b, window[0]),
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -487,13 +488,13 @@ class CATAttention(nn.Module):
         output = window_reverse(output, window, t, f)
         return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
 
-    def bias(self, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+    def bias(self, mask: torch.Tensor | None, batch_size: int, t: int) -> torch.Tensor | None:
         """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
         if mask is not None:
             mask = mask[:, :, None].expand(batch_size, -1, -1, -1, -1)  # (B, windows, 1, N, N)
         if self.position_bias is None:
             return None if mask is None else mask.flatten(0, 1)
-        bias = self.position_bias()
+        bias = self.position_bias(t)
         return bias[None] if mask is None else (bias + mask).flatten(0, 1)
 
 
@@ -540,6 +541,7 @@ class CATBlock(GradientCheckpointingLayer):
         trunk: torch.Tensor,
         offsets: torch.Tensor | None,
         token_mask: torch.Tensor | None,
+        window: tuple[int, int],
         shift: tuple[int, int],
         window_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
@@ -549,7 +551,7 @@ class CATBlock(GradientCheckpointingLayer):
             local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             trunk = trunk + self.drop_path(local)
         streams = self.norm_attention(join_streams(trunk, offsets))
-        attended, weights = self.attention(streams, shift, window_mask, **kwargs)
+        attended, weights = self.attention(streams, window, shift, window_mask, **kwargs)
         trunk = trunk + self.drop_path(self.dropout(attended))
         trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
         return trunk, weights
@@ -597,34 +599,50 @@ class CATStage(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Trunk (B, t, f, C), offsets (G, B, t, f, C), mask (B, t) -> trunk, offsets, weights of the last block."""
-        length, window = trunk.shape[1], self.window or tuple(trunk.shape[1:3])
+        length = trunk.shape[1]
+        window, shift = self.windows(length, trunk.shape[2])
         # Whole windows from here to the end of the stage; what was added is padding like any other.
-        padded_mask = self.pad_mask(token_mask, length, trunk.device)
-        if self.window is not None:
-            trunk = pad_time(trunk, window[0], 1)
-            offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        padded_mask = self.pad_mask(token_mask, length, window[0], trunk.device)
+        trunk = pad_time(trunk, window[0], 1)
+        offsets = None if offsets is None else pad_time(offsets, window[0], 2)
         size = tuple(trunk.shape[1:3])
         still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
         shifted = still
-        if self.shift != (0, 0) and len(self.blocks) > 1:
-            shifted = attention_mask_of_windows(padded_mask, size, window, self.shift, trunk)
+        if shift != (0, 0) and len(self.blocks) > 1:
+            shifted = attention_mask_of_windows(padded_mask, size, window, shift, trunk)
         weights = None
         for index, block in enumerate(self.blocks):
-            shift, mask = (self.shift, shifted) if index % 2 else ((0, 0), still)
-            trunk, weights = block(trunk, offsets, padded_mask, shift, mask, **kwargs)
+            by, mask = (shift, shifted) if index % 2 else ((0, 0), still)
+            trunk, weights = block(trunk, offsets, padded_mask, window, by, mask, **kwargs)
         trunk = crop_time(trunk, length, 1)
         offsets = None if offsets is None else crop_time(offsets, length, 2)
         if self.merging is not None:
             trunk, offsets = self.merging(trunk, offsets, token_mask)
         return trunk, offsets, weights
 
-    def pad_mask(self, token_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+    def windows(self, length: int, bins: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Window and shift for `length` time steps: with window_size=None all of them, else those of the stage.
+
+        But for a clip that the stage sees in one part of a window, the rest of which would be padding, no more than
+        that part: the result is the same. (Of a shifted window, the first half of the time steps stays together.)
+        """
+        if self.window is None:
+            return (length, bins), (0, 0)
+        undivided = self.window[0] - (self.shift[0] if len(self.blocks) > 1 else 0)
+        if isinstance(length, int) and length <= undivided:  # a graph for every length has the whole window
+            return (length, self.window[1]), (0, self.shift[1])
+        return self.window, self.shift
+
+    @staticmethod
+    def pad_mask(
+        token_mask: torch.Tensor | None, length: int, multiple: int, device: torch.device
+    ) -> torch.Tensor | None:
         """(B, t) or `None` -> (B or 1, t) for whole windows, or `None` where nothing is padding."""
-        if self.window is None or statically_known_true(length % self.window[0] == 0):
+        if statically_known_true(length % multiple == 0):
             return token_mask
         if token_mask is None:
             token_mask = torch.ones(1, length, dtype=torch.bool, device=device)
-        return pad_time(token_mask, self.window[0], 1)
+        return pad_time(token_mask, multiple, 1)
 
 
 # Models

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Write the figures of the README from the JSON files that the runs left.
+
+    python examples/update_readme.py                # from examples/results
+    python examples/update_readme.py --runs runs    # take over what these runs left, first
+
+`examples/results` keeps what the README needs of each run. A figure stands in the README between `<!-- name -->` and
+`<!-- /name -->`; `tests/examples/test_update_readme.py` compares the two.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers_cat.training.protocol import markdown_table, per_cent
+from transformers_cat.training.report import write_json
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def cross_validation(summary: dict) -> str:
+    """The folds of each seed, of a `summary.json` of cross_validate.py."""
+    folds = list(next(iter(summary["seeds"].values()))["folds"])
+    rows = [
+        [seed, *(per_cent(own["folds"][fold], None) for fold in folds), per_cent(own["mean"], own["deviation"])]
+        for seed, own in summary["seeds"].items()
+    ]
+    return markdown_table(["seed", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+
+
+def comparison(results: dict) -> str:
+    """The models of a `results.json` of compare_models.py."""
+    rows = []
+    for model, own in results.items():
+        tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
+        folds = ", ".join(f"{100 * score:.1f}" for score in own["folds"].values())
+        parameters = f"{own['parameters'] / 1e6:.2f} M"
+        rows.append([model, parameters, tuning, own["learning_rate"], folds, per_cent(own["mean"], own["deviation"])])
+    header = ["model", "parameters", "fold that chose the learning rate", "chosen", "other folds", "their mean"]
+    return markdown_table(header, rows)
+
+
+def one_run(results: dict) -> str:
+    """The accuracy of a `results.json` of run_audio_classification.py."""
+    training, test = results["clips"]["train"], results["clips"]["test"]
+    rows = [[training, test, f"{results['metrics']['epoch']:g}", per_cent(results["metrics"]["eval_accuracy"], None)]]
+    return markdown_table(["training clips", "test clips", "epochs", "accuracy, %"], rows)
+
+
+def benchmark(results: dict) -> str:
+    """The tables of benchmark.py."""
+    import benchmark
+
+    return "\n".join(benchmark.table(results)) + "\n"
+
+
+# name -> the file that the runs leave, what is kept of it (all: None), how it is shown
+FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
+    "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "compare": ("compare/results.json", None, comparison),
+    "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
+    "benchmark": ("benchmark/results.json", None, benchmark),
+}
+
+
+def collect(runs: Path, results: Path) -> None:
+    """Keep what the README needs of the runs that are there."""
+    results.mkdir(exist_ok=True)
+    for name, (path, kept, _) in FIGURES.items():
+        if (runs / path).is_file():
+            content = json.loads((runs / path).read_text(encoding="utf-8"))
+            write_json(results / f"{name}.json", {key: content[key] for key in content if kept is None or key in kept})
+
+
+def updated(text: str, results: Path) -> str:
+    """The README's text with the figures of all files in `results`.
+
+    Raises:
+        ValueError: the text has no place for one of them.
+    """
+    for path in sorted(results.glob("*.json")):
+        *_, show = FIGURES[path.stem]
+        figure = show(json.loads(path.read_text(encoding="utf-8")))
+        start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+        place = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+        text, count = place.subn(lambda _: f"{start}\n{figure}{end}", text)
+        if count != 1:
+            raise ValueError(f"The README needs one place for {path.name}, from {start} to {end}, and has {count}")
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="folder of runs to take figures from")
+    args = parser.parse_args(argv)
+    if args.runs:
+        collect(args.runs, RESULTS)
+    README.write_text(updated(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The figures of the README are those of the runs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("update_readme")
+
+
+def test_readme_is_what_the_runs_say(script):
+    text = script.README.read_text(encoding="utf-8")
+    assert script.updated(text, script.RESULTS) == text
+    kept = {path.stem for path in script.RESULTS.glob("*.json")}
+    assert kept == {name for name in script.FIGURES if f"<!-- {name} -->" in text}
+
+
+def test_figures_come_from_the_files(script, tmp_path):
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    run = {"metrics": {"epoch": 7.0, "eval_accuracy": 0.5}, "clips": {"train": 4, "test": 2}, "environment": "secret"}
+    (runs / "digits").mkdir(parents=True)
+    (runs / "digits/results.json").write_text(json.dumps(run))
+    script.collect(runs, results)
+    assert [path.name for path in results.iterdir()] == ["digits.json"]
+    assert "secret" not in (results / "digits.json").read_text()
+    text = script.updated("before <!-- digits -->old<!-- /digits --> after", results)
+    assert "| 4 | 2 | 7 | 50.0 |" in text and "old" not in text
+    assert text.startswith("before <!-- digits -->\n") and text.endswith("<!-- /digits --> after")
+    with pytest.raises(ValueError, match="needs one place for digits.json"):
+        script.updated("none", results)
