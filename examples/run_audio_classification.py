@@ -11,8 +11,8 @@ argument that ends in .json is a file with all of them. The flags are those of T
 of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`.
 
 The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
-`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; otherwise the model is the
-mean of the last epochs (`--average_last_epochs`).
+`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; otherwise the model is
+the mean of the last epochs (`--average_last_epochs`).
 
 AudioSet (a folder with its tables and clips, or better, what `prepare_audio.py` makes of it), on 4 GPUs:
 
@@ -194,7 +194,7 @@ def _recipe(name: str, default):
 class RecipeArguments(TrainingArguments):
     """TrainingArguments with the defaults of the recipe for small data sets."""
 
-    num_train_epochs: float = _recipe("num_train_epochs", 100.0)
+    num_train_epochs: float = _recipe("num_train_epochs", 75.0)
     per_device_train_batch_size: int = _recipe("per_device_train_batch_size", 16)
     learning_rate: float = _recipe("learning_rate", 1e-3)
     weight_decay: float = _recipe("weight_decay", 0.05)

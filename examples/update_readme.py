@@ -10,7 +10,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,10 +84,11 @@ def updated(text: str, results: Path) -> str:
         *_, show = FIGURES[path.stem]
         figure = show(json.loads(path.read_text(encoding="utf-8")))
         start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
-        place = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-        text, count = place.subn(lambda _: f"{start}\n{figure}{end}", text)
-        if count != 1:
-            raise ValueError(f"The README needs one place for {path.name}, from {start} to {end}, and has {count}")
+        before, begins, rest = text.partition(start)
+        _, ends, after = rest.partition(end)
+        if not (begins and ends):
+            raise ValueError(f"The README needs a place for {path.name}, from {start} to {end}")
+        text = f"{before}{start}\n{figure}{end}{after}"
     return text
 
 

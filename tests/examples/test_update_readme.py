@@ -33,5 +33,5 @@ def test_figures_come_from_the_files(script, tmp_path):
     text = script.updated("before <!-- digits -->old<!-- /digits --> after", results)
     assert "| 4 | 2 | 7 | 50.0 |" in text and "old" not in text
     assert text.startswith("before <!-- digits -->\n") and text.endswith("<!-- /digits --> after")
-    with pytest.raises(ValueError, match="needs one place for digits.json"):
+    with pytest.raises(ValueError, match="needs a place for digits.json"):
         script.updated("none", results)
