@@ -13,6 +13,7 @@ from transformers_cat.modeling_cat import (
     CATDropPath,
     CATLinear,
     CATPositionEmbedding,
+    CATStage,
     attention_mask_of_windows,
     split_streams,
     window_partition,
@@ -147,7 +148,7 @@ def test_global_kernel_is_a_plain_encoder_block(attn_implementation):
     plain.linear1.load_state_dict(block.mlp[0].state_dict())
     plain.linear2.load_state_dict(block.mlp[2].state_dict())
     tokens = torch.randn(2, 10, 4, 32)
-    ours, _ = block(tokens, None, None, (0, 0), None)
+    ours, _ = block(tokens, None, None, (10, 4), (0, 0), None)
     torch.testing.assert_close(ours.flatten(1, 2), plain(tokens.flatten(1, 2)), atol=1e-5, rtol=1e-5)
 
 
@@ -335,6 +336,24 @@ def test_frame_logits_average_to_the_logits(small_model, real_clips):
     assert small_model(**batch).frame_logits is None
 
 
+@pytest.mark.parametrize("frames", [1, 15, 16, 17, 32, 40, 63, 64, 65, 130])
+@pytest.mark.parametrize("depths", [(2, 2, 1), (1, 1, 2)])
+def test_a_short_clip_needs_no_whole_window(monkeypatch, depths, frames):
+    torch.manual_seed(0)
+    model = awaken(CATModel(small_config(depths=depths, attn_implementation="eager"))).eval()
+    features = torch.randn(2, frames, 384) * 3 - 5
+    fitted = model(features, output_attentions=True)
+    monkeypatch.setattr(CATStage, "windows", lambda self, length, bins: (self.window, self.shift))
+    whole = model(features, output_attentions=True)
+    torch.testing.assert_close(fitted.last_hidden_state, whole.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert all(weights.shape[-1] == 64 for weights in whole.attentions)
+    # The stages have steps of 4, 8 and 16 frames and windows of 8, 8 and 16 steps; half of one where it shifts.
+    for attentions, step, window, depth in zip(fitted.attentions, (4, 8, 16), (8, 8, 16), depths):
+        limit = window // 2 if depth > 1 and step < 16 else window
+        steps = -(-frames // step)
+        assert attentions.shape[-1] == 64 * min(steps / window, 1) if steps <= limit else 64
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 33, 1001])
 def test_any_length(small_model, frames):
     with torch.no_grad():
@@ -509,8 +528,8 @@ def test_attention_heads_of_a_filter_are_its_rows_of_the_dense_matrix():
     attention = CATAttention(config, stage=0).eval()
     streams = torch.randn(2, 1, 8, 8, 16)
     attention.output = nn.Identity()
-    output, _ = attention(streams, (0, 0), None)
-    changed, _ = attention(torch.stack([streams[0], streams[0]]), (0, 0), None)
+    output, _ = attention(streams, (8, 8), (0, 0), None)
+    changed, _ = attention(torch.stack([streams[0], streams[0]]), (8, 8), (0, 0), None)
     assert (output[..., :8] == changed[..., :8]).all()  # the first filter's head
     assert (output[..., 8:] != changed[..., 8:]).any()
 

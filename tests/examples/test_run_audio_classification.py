@@ -312,7 +312,7 @@ def test_mean_of_the_last_epochs(script, folder, tmp_path):
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     watched = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
     assert metrics["last_epoch_loss"] == pytest.approx(watched[-1], abs=1e-6)
-    assert metrics["eval_loss"] != pytest.approx(metrics["last_epoch_loss"], abs=1e-4)
+    assert metrics["eval_loss"] != pytest.approx(metrics["last_epoch_loss"], abs=1e-6)
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["last_epoch_accuracy"] >= 0
 
 
@@ -323,6 +323,23 @@ def test_averaging_chooses_no_epoch(script, folder, tmp_path):
     assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is False
     with pytest.raises(ValueError, match="name two final models"):
         script.parse_arguments(arguments(folder, tmp_path, *flags, "--load_best_model_at_end"))
+
+
+@pytest.mark.parametrize(
+    "flags, averaged",
+    [
+        ("--num_train_epochs 10", 5),
+        ("--num_train_epochs 9", 0),
+        ("--num_train_epochs 10 --max_steps 3", 0),
+        ("--num_train_epochs 10 --validation_folds 2", 0),
+        ("--num_train_epochs 10 --average_last_epochs 0", 0),
+        ("--num_train_epochs 9 --average_last_epochs 3", 3),
+    ],
+)
+def test_epochs_that_are_averaged_by_default(script, folder, tmp_path, flags, averaged):
+    model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train", *flags.split()))
+    clips = script.load_clips(data_args, model_args, args)
+    assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).average_last_epochs == averaged
 
 
 @pytest.fixture(scope="module")
