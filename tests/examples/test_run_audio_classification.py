@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, SwinConfig, SwinModel
 
-from transformers_cat import CATForAudioClassification, load_audio
+from transformers_cat import CATConfig, CATForAudioClassification, load_audio
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
 TONES = {"low": 300, "middle": 1200, "high": 4800}  # Hz
@@ -666,3 +666,12 @@ def test_training_starts_from_another_trunk(script, folder, tmp_path, capsys):
 def test_unknown_overrides_are_refused_by_name(script, folder, tmp_path):
     with pytest.raises(ValueError, match="embed_dims"):
         script.main(arguments(folder, tmp_path, "--do_train", "--config_overrides", '{"embed_dims": 8}'))
+
+
+def test_a_new_head_may_lack_a_bias(script):
+    model = torch.nn.Module()
+    model.config, model.base_model_prefix = CATConfig(num_labels=3), "body"
+    model.body, model.head = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3, bias=False)
+    body, head = model.body.weight.clone(), model.head.weight.clone()
+    script.renew_head(model)
+    assert torch.equal(model.body.weight, body) and not torch.equal(model.head.weight, head)
