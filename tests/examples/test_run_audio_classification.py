@@ -671,7 +671,7 @@ def test_unknown_overrides_are_refused_by_name(script, folder, tmp_path):
 def test_a_new_head_may_lack_a_bias(script):
     model = torch.nn.Module()
     model.config, model.base_model_prefix = CATConfig(num_labels=3), "body"
-    model.body, model.head = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3, bias=False)
-    body, head = model.body.weight.clone(), model.head.weight.clone()
+    model.body, model.head = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.Linear(4, 3, bias=False)
+    body, head = model.body[0].weight.clone(), model.head.weight.clone()
     script.renew_head(model)
-    assert torch.equal(model.body.weight, body) and not torch.equal(model.head.weight, head)
+    assert torch.equal(model.body[0].weight, body) and not torch.equal(model.head.weight, head)
