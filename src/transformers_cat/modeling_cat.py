@@ -469,11 +469,7 @@ class CATAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if shift != (0, 0):
-            streams = streams.roll((-shift[0], -shift[1]), (2, 3))
-        windows = [window_partition(stream, window).flatten(0, 1) for stream in streams]  # (B * windows, N, C) each
-        qkv = [project(tokens).unflatten(2, (3, -1, self.head_dim)) for project, tokens in zip(self.qkv, windows)]
-        query, key, value = torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)  # (B * windows, heads, N, D) each
+        query, key, value = self.heads(streams, window, shift)
         output, weights = attention(
             self,
             query,
@@ -487,6 +483,16 @@ class CATAttention(nn.Module):
         output = self.output(output.flatten(2)).unflatten(0, (b, -1))
         output = window_reverse(output, window, t, f)
         return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
+
+    def heads(self, streams: torch.Tensor, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
+        """Queries, keys and values of all filters: (3, B * windows, heads, N, D)."""
+        qkv = []
+        for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
+            if shift != (0, 0):
+                stream = stream.roll((-shift[0], -shift[1]), (1, 2))
+            tokens = window_partition(stream, window).flatten(0, 1)
+            qkv.append(project(tokens).unflatten(2, (3, -1, self.head_dim)))
+        return torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)
 
     def bias(self, mask: torch.Tensor | None, batch_size: int, t: int) -> torch.Tensor | None:
         """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
@@ -550,8 +556,10 @@ class CATBlock(GradientCheckpointingLayer):
         if self.depthwise is not None:
             local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             trunk = trunk + self.drop_path(local)
-        streams = self.norm_attention(join_streams(trunk, offsets))
-        attended, weights = self.attention(streams, window, shift, window_mask, **kwargs)
+        # No name for what is large and needed once: it would be kept to the end.
+        attended, weights = self.attention(
+            self.norm_attention(join_streams(trunk, offsets)), window, shift, window_mask, **kwargs
+        )
         trunk = trunk + self.drop_path(self.dropout(attended))
         trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
         return trunk, weights
@@ -807,9 +815,9 @@ class CATModel(CATPreTrainedModel):
             raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
         features, frame_mask = self.features(input_values, attention_mask)
         features = self.feature_norm(features, frame_mask)
-        streams = self.embeddings(features.to(self.embeddings.projection.weight.dtype), frame_mask)
+        dtype = self.embeddings.projection.weight.dtype
+        trunk, offsets = split_streams(self.embeddings(features.to(dtype), frame_mask))
         token_mask = any_of(frame_mask, self.config.patch_size[0])
-        trunk, offsets = split_streams(streams)
         for stage in self.stages:
             trunk, offsets, _ = stage(trunk, offsets, token_mask, **kwargs)
             if stage.merging is not None:
