@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 # Edited logits held at a time, when the caller sets no chunk size: 16 MiB in fp32.
 CHUNK_ELEMENTS = 2**22
@@ -80,7 +81,7 @@ def conditional_pns(
         return 0.0 * latents
     if chunk_size is None:
         chunk_size = max(1, CHUNK_ELEMENTS // (num_rolls * targets.numel()))
-    with _no_autocast(latents):
+    with maybe_autocast(latents.device.type, enabled=False):
         logits = F.linear(latents, weight, bias)
         changes = (donors - latents).split(chunk_size, dim=-1)
         columns = weight.split(chunk_size, dim=-1)
@@ -109,7 +110,7 @@ def closed_form_pns(
     Mean and variance stand for where z_j' is drawn from, so the gradient stops at them as it does at donors.
     """
     latents, weight, bias, targets = _prepare(latents, weight, bias, targets)
-    with _no_autocast(latents):
+    with maybe_autocast(latents.device.type, enabled=False):
         logits = F.linear(latents, weight, bias)
         variance, mean = torch.var_mean(latents.detach(), dim=0, correction=0)
         delta = latents - mean
@@ -397,10 +398,6 @@ def _prepare(latents: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
     dtype = torch.promote_types(latents.dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
     return latents.to(dtype), weight.to(dtype), bias, targets.to(dtype)
-
-
-def _no_autocast(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

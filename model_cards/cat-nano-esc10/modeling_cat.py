@@ -191,38 +191,45 @@ class CATBatchNorm(nn.BatchNorm1d):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, ..., C), mask (B, T) bool or `None` -> the same shape in float32, zero on padding."""
         features = features.float()
-        weight = None
-        if frame_mask is not None:
-            weight = frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
-        if self.training:
-            mean, variance, count = self._statistics(features, weight)
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
-                rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
-                unbiased = variance * count / (count - 1).clamp(min=1)
-                self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
-                self.running_var.copy_(torch.lerp(self.running_var.float(), unbiased, rate))
-        else:
-            mean, variance = self.running_mean.float(), self.running_var.float()
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight.float()
-        features = (features - mean) * scale
-        if self.affine:
-            features = features + self.bias.float()
-        return features if weight is None else features * weight
+        if not self.training:
+            normalised = self._normalise(features, self.running_mean.float(), self.running_var.float())
+            return normalised if frame_mask is None else normalised * self._weight(features, frame_mask)
+        if frame_mask is None:  # PyTorch's own kernel: a fifth of the time of the formula below
+            mean, variance = features.new_zeros(2, self.num_features)
+            normalised = self._normalise(features, mean, variance, training=True)
+            self._track(mean, variance)
+            return normalised
+        weight = self._weight(features, frame_mask)
+        dims = tuple(range(features.ndim - 1))
+        count = (weight.sum() * features.shape[2:-1].numel()).clamp(min=1)
+        mean = (features * weight).sum(dims) / count
+        variance = ((features - mean).square() * weight).sum(dims) / count
+        self._track(mean, variance * count / (count - 1).clamp(min=1))
+        return self._affine((features - mean) * (variance + self.eps).rsqrt()) * weight
+
+    def _normalise(self, features, mean, variance, training: bool = False) -> torch.Tensor:
+        """By the given statistics or, in training, by the batch's own, which then replace the given ones."""
+        scale, shift = (self.weight.float(), self.bias.float()) if self.affine else (None, None)
+        rows = features.reshape(-1, self.num_features)
+        rows = nn.functional.batch_norm(rows, mean, variance, scale, shift, training, momentum=1.0, eps=self.eps)
+        return rows.view(features.shape)
+
+    def _affine(self, features: torch.Tensor) -> torch.Tensor:
+        return features * self.weight.float() + self.bias.float() if self.affine else features
 
     @staticmethod
-    def _statistics(features: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Mean and variance over what holds audio, (C,) each, and of how many values."""
-        dims = tuple(range(features.ndim - 1))
-        if weight is None:
-            variance, mean = torch.var_mean(features, dims, correction=0)
-            return mean, variance, torch.tensor(features.numel() // features.shape[-1], device=features.device)
-        count = (weight.sum() * (features.shape[2:-1].numel())).clamp(min=1)
-        mean = (features * weight).sum(dims) / count
-        return mean, ((features - mean).square() * weight).sum(dims) / count, count
+    def _weight(features: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """(B, T, 1, ...): 1 where there is audio, 0 on padding."""
+        return frame_mask.view(*frame_mask.shape, *[1] * (features.ndim - 2)).float()
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Moves the running averages towards a batch's mean and unbiased variance."""
+        self.num_batches_tracked += 1
+        # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
+        rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+        self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
+        self.running_var.copy_(torch.lerp(self.running_var.float(), variance, rate))
 
 
 class CATPositionEmbedding(nn.Module):
@@ -301,7 +308,7 @@ class CATStem(nn.Module):
         super().__init__()
         channels = [config.num_resolutions, *config.stem_channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=(0, 1), bias=False)
+            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
             for before, after in zip(channels, channels[1:])
         )
         for convolution in self.convolutions:
@@ -314,10 +321,10 @@ class CATStem(nn.Module):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, F, K), mask (B, T) -> (B, t, f, C)."""
         for convolution, norm in zip(self.convolutions, self.norms):
-            # Zeros on both sides of time too, but by hand: so ceil(T / 2) is one expression where T is symbolic.
-            features = nn.functional.pad(pad_time(features, 2, 1), (0, 0, 0, 0, 1, 0))
+            half = -(-features.shape[1] // 2)
             # Channels last, as it comes: the permutations move no data.
             features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
+            features = crop_time(features, half, 1)  # its length already; but so one expression where T is symbolic
             frame_mask = any_of(frame_mask, 2)
             features = zero_padding(self.activation(norm(features, frame_mask)), frame_mask)
         return self.output(features.to(self.output.weight.dtype))
@@ -411,10 +418,10 @@ class CATRelativePositionBias(nn.Module):
         self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
         self.register_buffer("index", relative_position_index(window), persistent=False)
 
-    def forward(self) -> torch.Tensor:
-        """-> (heads, tokens, tokens)."""
-        tokens = self.window[0] * self.window[1]
-        return self.table[self.index].view(tokens, tokens, -1).permute(2, 0, 1)
+    def forward(self, t: int) -> torch.Tensor:
+        """For the first `t` time steps of a window -> (heads, tokens, tokens)."""
+        index = self.index.view(self.window * 2)[:t, :, :t]
+        return self.table[index].flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
 
 
 class CATAttention(nn.Module):
@@ -432,24 +439,26 @@ class CATAttention(nn.Module):
         self.head_dim = width // self.num_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.window = config.window_shape(stage)
         self.qkv = nn.ModuleList(
             CATLinear(width, 3 * width // config.num_filters, bias=config.qkv_bias) for _ in config.filters
         )
         self.output = CATLinear(width, width)
         # Global attention takes positions from the embedding alone, as in AST: its window has no fixed size.
-        self.position_bias = CATRelativePositionBias(self.window, self.num_heads) if self.window else None
+        window = config.window_shape(stage)
+        self.position_bias = CATRelativePositionBias(window, self.num_heads) if window else None
 
     def forward(
         self,
         streams: torch.Tensor,
+        window: tuple[int, int],
         shift: tuple[int, int],
         mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            streams: (G, B, t, f, C), normalised; the window divides (t, f).
+            streams: (G, B, t, f, C), normalised.
+            window: Tokens along (t, f), which it divides.
             shift: Cyclic shift of the windows along (t, f).
             mask: From `attention_mask_of_windows`.
 
@@ -457,21 +466,16 @@ class CATAttention(nn.Module):
             (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
         """
         _, b, t, f, _ = streams.shape
-        window = self.window or (t, f)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if shift != (0, 0):
-            streams = streams.roll((-shift[0], -shift[1]), (2, 3))
-        windows = [window_partition(stream, window).flatten(0, 1) for stream in streams]  # (B * windows, N, C) each
-        qkv = [project(tokens).unflatten(2, (3, -1, self.head_dim)) for project, tokens in zip(self.qkv, windows)]
-        query, key, value = torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)  # (B * windows, heads, N, D) each
+        query, key, value = self.heads(streams, window, shift)
         output, weights = attention(
             self,
             query,
             key,
             value,
-            self.bias(mask, b),
+            self.bias(mask, b, window[0]),
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -480,13 +484,23 @@ class CATAttention(nn.Module):
         output = window_reverse(output, window, t, f)
         return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
 
-    def bias(self, mask: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+    def heads(self, streams: torch.Tensor, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
+        """Queries, keys and values of all filters: (3, B * windows, heads, N, D)."""
+        qkv = []
+        for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
+            if shift != (0, 0):
+                stream = stream.roll((-shift[0], -shift[1]), (1, 2))
+            tokens = window_partition(stream, window).flatten(0, 1)
+            qkv.append(project(tokens).unflatten(2, (3, -1, self.head_dim)))
+        return torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)
+
+    def bias(self, mask: torch.Tensor | None, batch_size: int, t: int) -> torch.Tensor | None:
         """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
         if mask is not None:
             mask = mask[:, :, None].expand(batch_size, -1, -1, -1, -1)  # (B, windows, 1, N, N)
         if self.position_bias is None:
             return None if mask is None else mask.flatten(0, 1)
-        bias = self.position_bias()
+        bias = self.position_bias(t)
         return bias[None] if mask is None else (bias + mask).flatten(0, 1)
 
 
@@ -533,6 +547,7 @@ class CATBlock(GradientCheckpointingLayer):
         trunk: torch.Tensor,
         offsets: torch.Tensor | None,
         token_mask: torch.Tensor | None,
+        window: tuple[int, int],
         shift: tuple[int, int],
         window_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
@@ -541,8 +556,10 @@ class CATBlock(GradientCheckpointingLayer):
         if self.depthwise is not None:
             local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             trunk = trunk + self.drop_path(local)
-        streams = self.norm_attention(join_streams(trunk, offsets))
-        attended, weights = self.attention(streams, shift, window_mask, **kwargs)
+        # No name for what is large and needed once: it would be kept to the end.
+        attended, weights = self.attention(
+            self.norm_attention(join_streams(trunk, offsets)), window, shift, window_mask, **kwargs
+        )
         trunk = trunk + self.drop_path(self.dropout(attended))
         trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
         return trunk, weights
@@ -590,34 +607,50 @@ class CATStage(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Trunk (B, t, f, C), offsets (G, B, t, f, C), mask (B, t) -> trunk, offsets, weights of the last block."""
-        length, window = trunk.shape[1], self.window or tuple(trunk.shape[1:3])
+        length = trunk.shape[1]
+        window, shift = self.windows(length, trunk.shape[2])
         # Whole windows from here to the end of the stage; what was added is padding like any other.
-        padded_mask = self.pad_mask(token_mask, length, trunk.device)
-        if self.window is not None:
-            trunk = pad_time(trunk, window[0], 1)
-            offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        padded_mask = self.pad_mask(token_mask, length, window[0], trunk.device)
+        trunk = pad_time(trunk, window[0], 1)
+        offsets = None if offsets is None else pad_time(offsets, window[0], 2)
         size = tuple(trunk.shape[1:3])
         still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
         shifted = still
-        if self.shift != (0, 0) and len(self.blocks) > 1:
-            shifted = attention_mask_of_windows(padded_mask, size, window, self.shift, trunk)
+        if shift != (0, 0) and len(self.blocks) > 1:
+            shifted = attention_mask_of_windows(padded_mask, size, window, shift, trunk)
         weights = None
         for index, block in enumerate(self.blocks):
-            shift, mask = (self.shift, shifted) if index % 2 else ((0, 0), still)
-            trunk, weights = block(trunk, offsets, padded_mask, shift, mask, **kwargs)
+            by, mask = (shift, shifted) if index % 2 else ((0, 0), still)
+            trunk, weights = block(trunk, offsets, padded_mask, window, by, mask, **kwargs)
         trunk = crop_time(trunk, length, 1)
         offsets = None if offsets is None else crop_time(offsets, length, 2)
         if self.merging is not None:
             trunk, offsets = self.merging(trunk, offsets, token_mask)
         return trunk, offsets, weights
 
-    def pad_mask(self, token_mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor | None:
+    def windows(self, length: int, bins: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Window and shift for `length` time steps: with window_size=None all of them, else those of the stage.
+
+        But for a clip that the stage sees in one part of a window, the rest of which would be padding, no more than
+        that part: the result is the same. (Of a shifted window, the first half of the time steps stays together.)
+        """
+        if self.window is None:
+            return (length, bins), (0, 0)
+        undivided = self.window[0] - (self.shift[0] if len(self.blocks) > 1 else 0)
+        if isinstance(length, int) and length <= undivided:  # a graph for every length has the whole window
+            return (length, self.window[1]), (0, self.shift[1])
+        return self.window, self.shift
+
+    @staticmethod
+    def pad_mask(
+        token_mask: torch.Tensor | None, length: int, multiple: int, device: torch.device
+    ) -> torch.Tensor | None:
         """(B, t) or `None` -> (B or 1, t) for whole windows, or `None` where nothing is padding."""
-        if self.window is None or statically_known_true(length % self.window[0] == 0):
+        if statically_known_true(length % multiple == 0):
             return token_mask
         if token_mask is None:
             token_mask = torch.ones(1, length, dtype=torch.bool, device=device)
-        return pad_time(token_mask, self.window[0], 1)
+        return pad_time(token_mask, multiple, 1)
 
 
 # Models
@@ -782,9 +815,9 @@ class CATModel(CATPreTrainedModel):
             raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
         features, frame_mask = self.features(input_values, attention_mask)
         features = self.feature_norm(features, frame_mask)
-        streams = self.embeddings(features.to(self.embeddings.projection.weight.dtype), frame_mask)
+        dtype = self.embeddings.projection.weight.dtype
+        trunk, offsets = split_streams(self.embeddings(features.to(dtype), frame_mask))
         token_mask = any_of(frame_mask, self.config.patch_size[0])
-        trunk, offsets = split_streams(streams)
         for stage in self.stages:
             trunk, offsets, _ = stage(trunk, offsets, token_mask, **kwargs)
             if stage.merging is not None:

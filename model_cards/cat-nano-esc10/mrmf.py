@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_cat import (
     F_MAX,
@@ -233,7 +234,7 @@ class MRMFSpectrogram(nn.Module):
             waveform = waveform.masked_fill(~sample_mask, 0)
             padded = nn.functional.pad(sample_mask, (0, -sample_mask.shape[-1] % self.frame_shift))
             frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
-        with torch.autocast(waveform.device.type, enabled=False):
+        with maybe_autocast(waveform.device.type, enabled=False):
             # A graph that is being traced must not depend on how many slices there are.
             if torch.compiler.is_compiling():
                 features = self.log_power(waveform.float(), self.num_frames(waveform.shape[-1]))
