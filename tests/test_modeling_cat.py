@@ -293,6 +293,7 @@ def assert_batch_mates_change_nothing(model: CATForAudioClassification, clips: l
             torch.testing.assert_close(
                 together.frame_logits[index, :frames], alone.frame_logits[0], atol=1e-4, rtol=1e-4
             )
+            assert not together.frame_logits[index, frames:].any()
     spread = (together.logits[0] - together.logits[1]).abs().max()
     assert spread > 1e-3  # the clips are told apart at all
 

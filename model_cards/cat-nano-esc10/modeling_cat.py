@@ -60,7 +60,7 @@ class CATSequenceClassifierOutput(SequenceClassifierOutput):
             l_theta, l_c and l_rs, each without its weight, as far as they are computed.
         logits (`torch.FloatTensor` of shape `(B, num_labels)`): Scores before softmax or sigmoid.
         frame_logits (`torch.FloatTensor` of shape `(B, t, num_labels)`, *optional*): With `output_frame_logits`: the
-            head's scores of each time step; their mean over the steps that hold audio is `logits`.
+            head's scores of each time step, 0 on padding; their mean over the steps that hold audio is `logits`.
         token_mask (`torch.BoolTensor` of shape `(B, t)`, *optional*): With `output_frame_logits`: those steps.
         pooler_output (`torch.FloatTensor` of shape `(B, d)`): Z, the embedding that the head reads.
         pns (`torch.FloatTensor` of shape `(B, d)`, *optional*): With `output_pns`: a lower bound, 0 to 1, of the
@@ -610,9 +610,10 @@ class CATStage(nn.Module):
         length = trunk.shape[1]
         window, shift = self.windows(length, trunk.shape[2])
         # Whole windows from here to the end of the stage; what was added is padding like any other.
-        padded_mask = self.pad_mask(token_mask, length, window[0], trunk.device)
-        trunk = pad_time(trunk, window[0], 1)
-        offsets = None if offsets is None else pad_time(offsets, window[0], 2)
+        multiple = window[0] if self.window else 1
+        padded_mask = self.pad_mask(token_mask, length, multiple, trunk.device)
+        trunk = pad_time(trunk, multiple, 1)
+        offsets = None if offsets is None else pad_time(offsets, multiple, 2)
         size = tuple(trunk.shape[1:3])
         still = attention_mask_of_windows(padded_mask, size, window, (0, 0), trunk)
         shifted = still
@@ -915,7 +916,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         return CATSequenceClassifierOutput(
             **({} if labels is None else self.objective(outputs, logits, labels, patches)),
             logits=logits,
-            frame_logits=self.classifier(outputs.last_hidden_state.mean(2)) if output_frame_logits else None,
+            frame_logits=self.frame_logits(outputs) if output_frame_logits else None,
             token_mask=outputs.token_mask if output_frame_logits else None,
             pooler_output=latents,
             pns=self.pns(latents, logits, labels) if output_pns else None,
@@ -923,6 +924,11 @@ class CATForAudioClassification(CATPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def frame_logits(self, outputs: CATModelOutput) -> torch.Tensor:
+        """The head's scores of each time step, zero where `token_mask` says that there is no audio."""
+        scores = self.classifier(outputs.last_hidden_state.mean(2))
+        return scores if outputs.token_mask is None else scores * outputs.token_mask[..., None].to(scores.dtype)
 
     def objective(
         self,

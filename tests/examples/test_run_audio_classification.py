@@ -466,8 +466,9 @@ class TestArguments:
         return script.parse_arguments([*flags, "--output_dir", str(tmp_path), "--do_train"])
 
     def test_recipe(self, script, tmp_path):
-        _, _, args = self.parse(script, tmp_path, "--data", "x")
-        assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (60, 16, 1e-3)
+        _, data_args, args = self.parse(script, tmp_path, "--data", "x")
+        assert (data_args.max_length_seconds, data_args.speed, data_args.time_mask) == (2.5, 1.25, 48)
+        assert (args.num_train_epochs, args.per_device_train_batch_size, args.learning_rate) == (75, 16, 1e-3)
         assert (args.weight_decay, args.lr_scheduler_type, args.get_warmup_steps(100)) == (0.05, "cosine", 10)
         assert (args.seed, args.max_grad_norm, args.save_total_limit) == (0, 1.0, 2)
         assert args.label_names == ["labels"] and args.remove_unused_columns is False
@@ -476,7 +477,7 @@ class TestArguments:
         path = tmp_path / "run.json"
         path.write_text(json.dumps({"data": "x", "test_folds": [2], "output_dir": str(tmp_path), "do_train": True}))
         _, data_args, args = script.parse_arguments([str(path)])
-        assert data_args.test_folds == [2] and args.num_train_epochs == 60
+        assert data_args.test_folds == [2] and args.num_train_epochs == 75
 
     @pytest.mark.parametrize(
         ("flags", "message"),
