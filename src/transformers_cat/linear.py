@@ -8,8 +8,8 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """(..., C) and (D, C) -> (..., D).
 
     For inference on a CPU in float32 as the 1x1 convolution that it is: PyTorch computes that by oneDNN and a matrix
-    product by MKL, which takes up to twice the time on processors that are not Intel's. In training the convolution's
-    gradients cost more than that saves.
+    product by MKL, which takes up to twice the time on some processors that are not Intel's, and the same on others. In
+    training the convolution's gradients cost more than that saves.
     """
     differentiated = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
     if differentiated or tokens.device.type != "cpu" or tokens.dtype != torch.float32 or torch.compiler.is_exporting():
