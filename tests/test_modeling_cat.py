@@ -399,6 +399,21 @@ def test_batch_norm_of_token_maps_is_torchs_with_its_gradients():
         torch.testing.assert_close(found, gradients, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_running_statistics_are_those_of_the_batch(padded):
+    torch.manual_seed(0)
+    features, norm = torch.randn(3, 10, 4, 8) * 3 - 5, CATBatchNorm(8)
+    mask = torch.ones(3, 10, dtype=torch.bool) if padded else None
+    norm(features, mask)
+    torch.testing.assert_close(norm.running_mean, features.mean((0, 1, 2)))
+    torch.testing.assert_close(norm.running_var, features.flatten(0, 2).var(0))
+    for _ in range(20):
+        norm(features, mask)
+    before = norm.running_var.clone()
+    norm(2 * features, mask)
+    torch.testing.assert_close(norm.running_var, 0.9 * before + 0.1 * 4 * features.flatten(0, 2).var(0))
+
+
 def test_stem_is_a_chain_of_strided_convolutions_added_to_the_patches():
     torch.manual_seed(0)
     model = awaken(CATModel(small_config())).eval()

@@ -16,10 +16,10 @@ class WeightAveraging(TrainerCallback):
     """Keeps the weights at the end of each of the last epochs, and averages them.
 
     They are files in the run's folder, `epoch_weights/<epoch>.safetensors`, so an interrupted training needs nothing
-    else to go on. Averaged are parameters
-    and floating-point buffers. The running statistics of a batch norm behind the first weights (the stem's) should be
-    those of the mean weights; their own mean stands in for them, since over last epochs of a decayed learning rate they
-    hardly differ. Integers (the counter of batches) are those of the last epoch.
+    else to go on. Averaged are parameters and floating-point buffers. The running statistics of a batch norm behind the
+    first weights (the stem's) should be those of the mean weights; their own mean stands in for them, since over the
+    last epochs of a decayed learning rate they hardly differ. Integers (the counter of batches) are those of the last
+    epoch.
 
     Args:
         trainer: whose model is averaged. Add the callback with `trainer.add_callback`.

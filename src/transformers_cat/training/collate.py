@@ -61,7 +61,7 @@ class AudioCollator:
     mixup_alpha: float = 1.0
     time_roll: float = 1.0
     gain_db: float = 6.0
-    time_mask: int = 96
+    time_mask: int = 48
     freq_mask: int = 12
     speed: float = 1.25
     max_length_seconds: float | None = None
