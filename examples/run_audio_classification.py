@@ -281,6 +281,13 @@ def load_data(
     data_args: DataArguments, model_args: ModelArguments, missing: list[str] | None = None
 ) -> Dataset | DatasetDict:
     """The data set or its splits, with nothing held out yet; names of missing clips are appended to `missing`."""
+    loaded = _load(data_args, model_args, missing)
+    if isinstance(loaded, DatasetDict) and len(loaded) == 1:  # one split is no split
+        return next(iter(loaded.values()))
+    return loaded
+
+
+def _load(data_args: DataArguments, model_args: ModelArguments, missing: list[str] | None) -> Dataset | DatasetDict:
     columns = {
         "audio_column": data_args.audio_column_name,
         "label_column": data_args.label_column_name,
@@ -308,8 +315,6 @@ def load_data(
 def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: TrainingArguments) -> DatasetDict:
     """train, validation and test, as far as they exist, from folds or from named splits."""
     folds = data_args.test_folds or data_args.validation_folds
-    if isinstance(loaded, DatasetDict) and len(loaded) == 1:  # one split is no split
-        loaded = next(iter(loaded.values()))
     if isinstance(loaded, DatasetDict):
         if folds:
             raise ValueError(f"The data come with the splits {list(loaded)}: leave out the folds")

@@ -16,6 +16,7 @@ from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import GenerationMixin
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -349,6 +350,13 @@ def test_can_be_initialized_on_meta(model_class):
     with torch.device("meta"):
         model = model_class(small_config())
     assert {value.device.type for value in model.parameters()} == {"meta"}
+
+
+def test_can_be_initialized_of_fake_tensors(model_class):
+    """As tools do that estimate memory: nothing of the construction may depend on the values of tensors."""
+    with FakeTensorMode():
+        model = model_class(small_config())
+    assert {type(value.data) for value in model.parameters()} == {FakeTensor}
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

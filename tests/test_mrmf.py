@@ -13,8 +13,12 @@ def test_filter_banks_are_torchaudios(n_fft):
     arguments = {"n_freqs": n_fft // 2 + 1, "f_min": 50.0, "f_max": 14_000.0, "sample_rate": 32_000}
     mel = torchaudio.functional.melscale_fbanks(**arguments, n_mels=64, mel_scale="htk")
     linear = torchaudio.functional.linear_fbanks(**arguments, n_filter=64)
-    torch.testing.assert_close(filter_bank("mel", n_fft, 32_000, 64, 50.0, 14_000.0), mel, atol=2e-5, rtol=0)
-    torch.testing.assert_close(filter_bank("linear", n_fft, 32_000, 64, 50.0, 14_000.0), linear, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(filter_bank("mel", n_fft, 32_000, 64, 50.0, 14_000.0)), mel, atol=2e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(filter_bank("linear", n_fft, 32_000, 64, 50.0, 14_000.0)), linear, atol=2e-5, rtol=0
+    )
 
 
 def test_no_filter_is_empty():

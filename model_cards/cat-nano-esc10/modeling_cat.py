@@ -690,7 +690,7 @@ class CATPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MRMFSpectrogram):
             for name, constant in module.constants().items():
-                init.copy_(getattr(module, name), constant)
+                init.copy_(getattr(module, name), torch.from_numpy(constant))
         elif isinstance(module, CATBatchNorm):
             init.zeros_(module.num_batches_tracked)
         elif isinstance(module, CATResolutionExchange):
@@ -701,7 +701,7 @@ class CATPreTrainedModel(PreTrainedModel):
             init.normal_(module.filters, std=self.config.initializer_range)
             init.ones_(module.gate)
         elif isinstance(module, CATRelativePositionBias):
-            init.trunc_normal_(module.table, std=self.config.initializer_range)
+            init.normal_(module.table, std=self.config.initializer_range)
             init.copy_(module.index, relative_position_index(module.window))
 
     @classmethod

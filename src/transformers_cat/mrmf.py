@@ -35,7 +35,7 @@ def fft_length(window_length: int) -> int:
     return max(MIN_FFT_LENGTH, 2 ** (window_length - 1).bit_length())
 
 
-def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min: float, f_max: float) -> torch.Tensor:
+def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min: float, f_max: float) -> np.ndarray:
     """Triangular filters whose centres are evenly spaced in mel (HTK's scale) or in hertz.
 
     Returns:
@@ -47,12 +47,12 @@ def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min:
         edges, width = np.linspace(f_min, f_max, num_bins + 2, retstep=True)
         frequencies = np.linspace(0, sampling_rate / 2, n_fft // 2 + 1)[:, None]
         bank = np.minimum(frequencies - edges[:-2], edges[2:] - frequencies).clip(min=0) / width
-    return torch.from_numpy(bank.astype(np.float32))
+    return bank.astype(np.float32)
 
 
-def span(used: torch.Tensor) -> slice:
+def span(used: np.ndarray) -> slice:
     """(D,) bool -> the slice from the first to the last that is true."""
-    at = used.nonzero()[:, 0].tolist()
+    at = np.flatnonzero(used).tolist()
     return slice(at[0], at[-1] + 1) if at else slice(0)
 
 
@@ -130,22 +130,25 @@ class MRMFSpectrogram(nn.Module):
         self.log_offset = log_offset
         constants = self.constants()
         for name, constant in constants.items():
-            self.register_buffer(name, constant, persistent=False)
+            self.register_buffer(name, torch.from_numpy(constant), persistent=False)
         # For each resolution, the columns in which each `CPU_BAND` filters of its bank are not zero.
-        self.bands = [
-            [span(rows.any(0)) for rows in constants[f"bank_{k}"].split(CPU_BAND)] for k in range(len(window_lengths))
-        ]
+        self.bands = []
+        for bank in (constants[f"bank_{k}"] for k in range(len(window_lengths))):
+            self.bands.append([span(bank[i : i + CPU_BAND].any(0)) for i in range(0, len(bank), CPU_BAND)])
 
-    def constants(self) -> dict[str, torch.Tensor]:
-        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1)."""
+    def constants(self) -> dict[str, np.ndarray]:
+        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1).
+
+        Float32, and not tensors: those of a model that is built without memory hold no values.
+        """
         constants = {}
         for k, window_length in enumerate(self.window_lengths):
             arguments = (fft_length(window_length), self.sampling_rate, self.num_bins, self.f_min, self.f_max)
             hann = np.hanning(window_length + 1)[:-1]  # periodic
             # Zeros follow, so that a frame is as long as its transform: a shift of phase, which power does not see.
             hann = np.pad(hann, (0, arguments[0] - window_length))
-            constants[f"window_{k}"] = torch.from_numpy(hann.astype(np.float32))
-            constants[f"bank_{k}"] = torch.cat([filter_bank(name, *arguments).T for name in self.filters])
+            constants[f"window_{k}"] = hann.astype(np.float32)
+            constants[f"bank_{k}"] = np.concatenate([filter_bank(name, *arguments).T for name in self.filters])
         return constants
 
     def _apply(self, fn, recurse=True):
@@ -153,7 +156,7 @@ class MRMFSpectrogram(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
             if buffer.dtype != torch.float32:
-                self.register_buffer(name, self.constants()[name].to(buffer.device), persistent=False)
+                self.register_buffer(name, torch.from_numpy(self.constants()[name]).to(buffer.device), persistent=False)
         return self
 
     def num_frames(self, num_samples: int) -> int:

@@ -79,6 +79,20 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     assert len(started) == 1
 
 
+def test_prepared_clips_keep_their_folds(example, folder, tmp_path):
+    """Shards come as a data set of one split, which is no split."""
+    prepared = tmp_path / "prepared"
+    example("prepare_audio").main(
+        ["--data", f"{folder}/clips.csv", "--output_dir", str(prepared), "--num_workers", "1"]
+    )
+    command = flags(folder, tmp_path / "runs", "--folds", "2", "--check_audio", "false")
+    command[1] = str(prepared)
+    summary = example("cross_validate").main(command)
+    assert summary["note"] == "1 of 3 given folds."
+    scores = read_scores(tmp_path / "runs/seed0/predictions.csv")
+    assert {Path(path).stem for path in scores.paths} == {"low1", "low4", "high1", "high4"}
+
+
 def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
     script = example("cross_validate")
     script.main(flags(folder, tmp_path, "--folds", "3", "--choose_epoch"))
