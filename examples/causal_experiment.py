@@ -9,14 +9,13 @@ transfer   A model of UrbanSound8K, then a linear probe of Z on ESC-10's folds, 
 folds      ESC-10, cross-validated over its five folds (Table IIa). Accuracy.
 
 Nothing is augmented and the model is very small: the question is about the objective, not about the best score. Every
-run is a line of `runs.jsonl`; a command that is given again computes what is missing there. `table.md` has means and
-standard errors over the seeds.
+run is a line of `runs.jsonl`; a command that is given again computes what is missing there. `results.json` has the
+accuracies of each question and objective, `table.md` their means and standard errors over the seeds.
 """
 
 import argparse
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,8 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, load_audio
 from transformers_cat.causal import conditional_pns
 from transformers_cat.training import label_names, read_esc50, read_urbansound8k
+from transformers_cat.training.protocol import markdown_table
+from transformers_cat.training.report import write_json
 
 FRAME_SHIFT = 1280  # samples: 40 ms, a quarter of the frames, since many models are trained
 SIZE = {
@@ -52,6 +53,7 @@ for estimator in ("interventional", "closed_form"):
             **OFF,
             "causal_loss_weight": weight,
             "causal_estimator": estimator,
+            "causal_reduction": "mean",
         }
     # The mean over the features makes a gradient small: a weight near their number is the sum of eq. 8.
     for weight in (30.0, 100.0):
@@ -193,21 +195,24 @@ def folds(corpora: dict, settings: list[tuple[str, int]], args):
 QUESTIONS = {"spurious": spurious, "transfer": transfer, "folds": folds}
 
 
-def write_table(runs: list[dict], path: Path) -> None:
-    """Markdown: a row for each variant, a column for each question, mean and standard error in per cent."""
-    scores = defaultdict(list)
+def accuracies(runs: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """{question: {variant: accuracies}}."""
+    results = {}
     for run in runs:
-        scores[run["variant"], run["question"]].append(100 * run["accuracy"])
-    questions = list(dict.fromkeys(run["question"] for run in runs))
-    lines = ["| objective | " + " | ".join(questions) + " |", "| --- " * (len(questions) + 1) + "|"]
-    for variant in [name for name in VARIANTS if any(run["variant"] == name for run in runs)]:
-        cells = []
-        for question in questions:
-            values = scores[variant, question]
-            error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{error}" if values else "")
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        results.setdefault(run["question"], {}).setdefault(run["variant"], []).append(run["accuracy"])
+    return results
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: a row for each variant, a column for each question, mean and standard error in per cent."""
+
+    def cell(values: list[float]) -> str:
+        error = f" ± {100 * np.std(values, ddof=1) / math.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+        return f"{100 * np.mean(values):.1f}{error}" if values else ""
+
+    variants = [name for name in VARIANTS if any(name in scores for scores in results.values())]
+    rows = [[name, *(cell(scores.get(name, [])) for scores in results.values())] for name in variants]
+    return markdown_table(["objective", *results], rows)
 
 
 def main() -> None:
@@ -236,8 +241,10 @@ def main() -> None:
             with journal.open("a") as file:
                 file.write(json.dumps(run) + "\n")
             print(f"{question:32} {variant:30} seed {seed}: accuracy {score:.3f}, mean PNS {pns:.4f}", flush=True)
-    write_table(runs, args.output_dir / "table.md")
-    print((args.output_dir / "table.md").read_text())
+    results = accuracies(runs)
+    write_json(args.output_dir / "results.json", results)
+    (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
 
 
 if __name__ == "__main__":

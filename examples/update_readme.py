@@ -56,11 +56,27 @@ def benchmark(results: dict) -> str:
     return "\n".join(benchmark.table(results)) + "\n"
 
 
+def cost(results: dict) -> str:
+    """The table of causal_cost.py."""
+    import causal_cost
+
+    return causal_cost.table(results)
+
+
+def experiment(results: dict) -> str:
+    """The table of causal_experiment.py."""
+    import causal_experiment
+
+    return causal_experiment.table(results)
+
+
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
+    "causal": ("causal/results.json", None, experiment),
+    "cost": ("cost/results.json", None, cost),
     "benchmark": ("benchmark/results.json", None, benchmark),
 }
 

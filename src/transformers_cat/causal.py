@@ -19,6 +19,7 @@ Layouts: latents Z (n, d), head weight W (C, d) and bias b (C), targets T (n, C)
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -132,10 +133,10 @@ def causal_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    estimator: str = "interventional",
+    estimator: str = "closed_form",
     num_donors: int | None = 4,
     form: str = "log1p",
-    reduction: str = "mean",
+    reduction: str = "sum",
     multi_label: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -143,14 +144,14 @@ def causal_loss(
 
     latents (n, d), weight (C, d), bias (C), targets (n, C) -> scalar, differentiable in the latents only.
 
-    `estimator="interventional"`: U of `conditional_pns`, in one of two forms.
-        "log1p"    mean -log(1 + U): smooth where the bound is not positive, 0 at U = 0, above -log 2.
-        "literal"  mean -log(max(U, 0) + eps), as printed: slope 1 / eps just above U = 0 and none below.
-    `estimator="closed_form"`: mean softplus(-G), G of `closed_form_pns`; log 2 at G = 0. It uses neither `form` nor
+    `estimator="closed_form"`: softplus(-G) - log 2, G of `closed_form_pns`; 0 at G = 0. It uses neither `form` nor
     `num_donors`.
+    `estimator="interventional"`: U of `conditional_pns`, in one of two forms.
+        "log1p"    -log(1 + U): smooth where the bound is not positive, 0 at U = 0, above -log 2.
+        "literal"  -log(max(U, 0) + eps), as printed: slope 1 / eps just above U = 0 and none below.
 
-    `reduction="mean"` averages over the features, so that a weight means the same for any width; "sum" adds them up as
-    printed. Eq. 9 is a product over samples; its log is averaged, so that a weight means the same for any batch size.
+    `reduction="sum"` adds up the features, as printed: each one's effect on the logits falls as their number grows, so
+    that a weight means about the same for any width. "mean" averages them, which divides by d once more. Eq. 9 is a product over samples; its log is averaged, so that a weight means the same for any batch size.
 
     The head is detached, otherwise the loss falls by inflating it. Rows without a positive class do not count. A batch
     of one, or one without any positive, gives 0 (and a gradient of 0, so that every process of a distributed run has
@@ -165,7 +166,7 @@ def causal_loss(
     weight, bias = weight.detach(), None if bias is None else bias.detach()
 
     if estimator == "closed_form":
-        loss = F.softplus(-closed_form_pns(latents, weight, bias, targets, multi_label))
+        loss = F.softplus(-closed_form_pns(latents, weight, bias, targets, multi_label)) - math.log(2)
     else:
         bound = conditional_pns(latents, weight, bias, targets, num_donors=num_donors, multi_label=multi_label)
         if form == "literal":
@@ -299,10 +300,10 @@ class CausalModule(nn.Module):
         head: str | None = None,
         loss_weight: float = 1.0,
         multi_label: bool | None = None,
-        estimator: str = "interventional",
+        estimator: str = "closed_form",
         num_donors: int | None = 4,
         form: str = "log1p",
-        reduction: str = "mean",
+        reduction: str = "sum",
     ):
         super().__init__()
         self.model = model
