@@ -79,7 +79,9 @@ def test_the_text_has_the_numbers_of_the_run(model):
     assert "1 of the 5 was run, so this is not that figure" in text
     assert "no epoch was chosen by its score" in text
     assert "Trained from scratch on 320 clips of ESC-10" in text
-    assert "0.5 times the causal loss (closed_form, sum over the features) and 0.25 times the reconstruction loss" in text
+    assert (
+        "0.5 times the causal loss (closed_form, sum over the features) and 0.25 times the reconstruction loss" in text
+    )
     assert "--learning_rate 0.001" in text and "--mixup_probability 0.5" in text
     assert f"{model.num_parameters() / 1e6:.1f} million parameters" in text
 

@@ -176,9 +176,9 @@ def test_position_embedding_is_equation_3():
 def test_patches_are_projected_as_by_a_convolution():
     torch.manual_seed(0)
     projection = awaken(CATModel(small_config())).embeddings.projection
-    features = torch.randn(3, 41, 2, 3, 64)  # (B, T, G, K, F)
+    features = torch.randn(3, 44, 2, 3, 64)  # (B, T, G, K, F)
     tokens = projection(projection.cut(features))
-    images = nn.functional.pad(features.permute(2, 0, 3, 1, 4), (0, 0, 0, 3)).flatten(0, 1)
+    images = features.permute(2, 0, 3, 1, 4).flatten(0, 1)
     expected = nn.functional.conv2d(images, projection.weight, projection.bias, projection.stride)
     torch.testing.assert_close(tokens, expected.permute(0, 2, 3, 1).unflatten(0, (2, 3)), atol=1e-5, rtol=1e-5)
 
@@ -353,6 +353,27 @@ def test_a_short_clip_needs_no_whole_window(monkeypatch, depths, frames):
         limit = window // 2 if depth > 1 and step < 16 else window
         steps = -(-frames // step)
         assert attentions.shape[-1] == 64 * min(steps / window, 1) if steps <= limit else 64
+
+
+@pytest.mark.parametrize("variant", ["every part", "global kernel", "one filter"])
+@pytest.mark.parametrize("lengths", [(333, 333, 333), (333, 180, 7)])
+@pytest.mark.parametrize("tokens", [1, 300, 2000])
+def test_slices_change_nothing(monkeypatch, tokens, lengths, variant):
+    """Parts of a clip, single clips, and several clips at once; shifted windows, padding and odd lengths among them."""
+    model = model_with(**VARIANTS[variant], attn_implementation="eager")
+    features = torch.randn(3, 333, model.config.feature_size) * 3 - 5
+    mask = torch.arange(333) < torch.tensor(lengths)[:, None]
+    outputs, calls = [], []
+    for size in (10**9, tokens):
+        monkeypatch.setattr("transformers_cat.modeling_cat.CPU_SLICE", size)
+        hook = model.cat.stages[0].blocks[0].norm_mlp.register_forward_hook(lambda *_, size=size: calls.append(size))
+        outputs.append(model(features, attention_mask=mask, output_attentions=True, output_hidden_states=True))
+        hook.remove()
+    assert calls.count(10**9) == 1 and (calls.count(tokens) > 1 or variant == "global kernel")
+    torch.testing.assert_close(*(output.logits for output in outputs), atol=1e-5, rtol=1e-5)
+    for name in ("hidden_states", "attentions"):
+        for whole, sliced in zip(*(getattr(output, name) for output in outputs), strict=True):
+            torch.testing.assert_close(whole, sliced, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 33, 1001])
@@ -544,8 +565,8 @@ def test_attention_heads_of_a_filter_are_its_rows_of_the_dense_matrix():
     attention = CATAttention(config, stage=0).eval()
     streams = torch.randn(2, 1, 8, 8, 16)
     attention.output = nn.Identity()
-    output, _ = attention(streams, (8, 8), (0, 0), None)
-    changed, _ = attention(torch.stack([streams[0], streams[0]]), (8, 8), (0, 0), None)
+    output, _ = attention(streams, (8, 8), None)
+    changed, _ = attention(torch.stack([streams[0], streams[0]]), (8, 8), None)
     assert (output[..., :8] == changed[..., :8]).all()  # the first filter's head
     assert (output[..., 8:] != changed[..., 8:]).any()
 

@@ -55,8 +55,9 @@ def test_kernels_and_memory_of_a_forward(tiny, batch_size):
     features = torch.randn(batch_size, FRAMES, 384)
     with KernelCounter() as counter:
         tiny(features)
-    # 396 kernels and 350 MB a clip when this was written (not all at once); the kernels do not depend on the batch.
-    assert counter.kernels <= 410
+    # 396 kernels and 350 MB a clip when this was written (not all at once). Where the tokens of the batch are too many
+    # for the caches, in the first stage and its patches, each clip has its own.
+    assert counter.kernels <= (410 if batch_size == 1 else 700)
     assert counter.allocated / batch_size <= 360e6
 
 
@@ -69,8 +70,8 @@ def test_peak_memory_of_a_forward(tiny):
         tiny(features)
     peak = tracker.get_tracker_snapshot("peak")[features.device]
     before = sum(tensor.nbytes for tensor in (*tiny.parameters(), *tiny.buffers(), features))
-    # Some 18 token maps of the first stage, of 6.3 MB each: 115 MB when this was written.
-    assert peak["Total"] - before <= 120e6
+    # Some 14 token maps of the first stage, of 6.1 MB each: 86 MB when this was written.
+    assert peak["Total"] - before <= 90e6
 
 
 @torch.no_grad()

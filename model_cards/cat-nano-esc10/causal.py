@@ -151,7 +151,8 @@ def causal_loss(
         "literal"  -log(max(U, 0) + eps), as printed: slope 1 / eps just above U = 0 and none below.
 
     `reduction="sum"` adds up the features, as printed: each one's effect on the logits falls as their number grows, so
-    that a weight means about the same for any width. "mean" averages them, which divides by d once more. Eq. 9 is a product over samples; its log is averaged, so that a weight means the same for any batch size.
+    that a weight means about the same for any width. "mean" averages them, which divides by d once more. Eq. 9 is a
+    product over samples; its log is averaged, so that a weight means the same for any batch size.
 
     The head is detached, otherwise the loss falls by inflating it. Rows without a positive class do not count. A batch
     of one, or one without any positive, gives 0 (and a gradient of 0, so that every process of a distributed run has

@@ -27,6 +27,9 @@ from .linear import CATLinear, linear
 from .mrmf import MRMFSpectrogram
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
+# Tokens that are computed at once in inference on a CPU: so few that what lies between the layers stays in the caches.
+# A clip of 10 s has as many in the first stage of the default size.
+CPU_SLICE = 2**12
 
 
 @dataclass
@@ -159,14 +162,51 @@ def attention_mask_of_windows(
     return torch.zeros(apart.shape, dtype=like.dtype, device=device).masked_fill(apart, float("-inf"))
 
 
+def part_of_mask(
+    mask: torch.Tensor | None, clips: slice, steps: slice, bins: int, window: tuple[int, int]
+) -> torch.Tensor | None:
+    """Of `attention_mask_of_windows`, what belongs to some clips and time steps, which are whole windows."""
+    if mask is None or steps == slice(None):
+        return mask
+    windows = slice(*(bins // window[1] * (step // window[0]) for step in (steps.start, steps.stop)))
+    return mask[clips if len(mask) > 1 else slice(None), windows]
+
+
 def any_of(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
     """(B, T) bool -> (B, ceil(T / count)): whether any of each `count` steps holds audio."""
     return None if mask is None else pad_time(mask, count, 1).unflatten(1, (-1, count)).any(-1)
 
 
+def shift_windows(tokens: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
+    """Moves (..., t, f, C) cyclically by `shift` steps and bins towards the start; a negative shift moves it back."""
+    return tokens if shift == (0, 0) else tokens.roll((-shift[0], -shift[1]), (-3, -2))
+
+
 def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Sets (..., B, t, f, C) to zero where `mask` (B, t) says that there is no audio."""
     return tokens if mask is None else tokens * mask[:, :, None, None].to(tokens.dtype)
+
+
+def slices(module: nn.Module, like: torch.Tensor, size: tuple[int, int, int], steps: int) -> list[tuple[slice, slice]]:
+    """The clips and the time steps that `module` computes at once, of (B, t, f) tokens on the device of `like`.
+
+    All of them, but in inference on a CPU some clips or, where one is long, a part of one, in multiples of `steps`.
+    """
+    # A graph that is being traced must not depend on how many slices there are.
+    if module.training or like.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(slice(None), slice(None))]
+    b, t, f = size
+    clips = max(CPU_SLICE // (t * f), 1)
+    rows = max(CPU_SLICE // (steps * f), 1) * steps
+    return [(slice(i, i + clips), slice(j, j + rows)) for i in range(0, b, clips) for j in range(0, t, rows)]
+
+
+def join_slices(parts: list[torch.Tensor], clips: int) -> torch.Tensor:
+    """What was computed of each of `slices`, (..., clips, steps, f, C) -> (..., B, t, f, C), B = `clips`."""
+    if len(parts) == 1:
+        return parts[0]
+    # One clip's time steps follow those of the other.
+    return torch.cat([part.flatten(-4, -3) for part in parts], dim=-3).unflatten(-3, (clips, -1))
 
 
 def split_streams(streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -338,9 +378,9 @@ class CATPatchProjection(nn.Conv2d):
     """
 
     def cut(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, T, G, K, F) -> (G, B, t, f, K, P), P = frames times bins of a patch."""
+        """(B, T, G, K, F) -> (G, B, t, f, K, P), P = frames times bins of a patch, which divide T and F."""
         time, bins = self.kernel_size
-        patches = pad_time(features, time, 1).unflatten(4, (-1, bins)).unflatten(1, (-1, time))
+        patches = features.unflatten(4, (-1, bins)).unflatten(1, (-1, time))
         return patches.permute(3, 0, 1, 5, 4, 2, 6).flatten(5)  # from (B, t, time, G, K, f, bins)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -372,19 +412,37 @@ class CATEmbeddings(nn.Module):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
         features = features.unflatten(2, self.shape)  # (B, T, G, K, F)
+        local = None if self.stem is None else self.convolve(features, frame_mask)
+        time, bins = self.projection.kernel_size
+        features = pad_time(features, time, 1)
+        size = (len(features), features.shape[1] // time, features.shape[4] // bins)
+        position = None if self.position is None else self.position(*size[1:])
+        parts = []
+        for clips, steps in slices(self, features, size, 1):
+            frames = steps if steps == slice(None) else slice(steps.start * time, steps.stop * time)
+            here = None if position is None else (position[0][steps], position[1])
+            tokens = self.tokens(features[clips, frames], here)
+            if local is not None:
+                tokens = tokens + local[:, clips, steps]
+            parts.append(self.norm(tokens))
+        return self.dropout(join_slices(parts, len(features)))
+
+    def convolve(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
+        """The stem's part: (B, T, G, K, F), mask (B, T) -> (G, B, t, f, C)."""
+        mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
+        images = torch.cat(features.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
+        return self.stem(images, mask).unflatten(0, (self.shape[0], -1))
+
+    def tokens(self, features: torch.Tensor, position: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Of each patch alone: (B, T, G, K, F), position (t, f, C) and (G, K, C) -> (G, B, t, f, C)."""
         patches = self.projection.cut(features)
         tokens = self.projection(patches)
-        position = None
-        if self.position is not None:
-            grid, levels = position = self.position(*tokens.shape[2:4])
+        if position is not None:
+            grid, levels = position
             tokens = tokens + levels.shape[1] * grid + levels.sum(1)[:, None, None, None]
         if self.exchange is not None:
             tokens = tokens + self.exchange(patches, position)
-        if self.stem is not None:
-            mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
-            images = torch.cat(features.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
-            tokens = tokens + self.stem(images, mask).unflatten(0, tokens.shape[:2])
-        return self.dropout(self.norm(tokens))
+        return tokens
 
 
 # Trunk
@@ -451,7 +509,6 @@ class CATAttention(nn.Module):
         self,
         streams: torch.Tensor,
         window: tuple[int, int],
-        shift: tuple[int, int],
         mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -459,7 +516,6 @@ class CATAttention(nn.Module):
         Args:
             streams: (G, B, t, f, C), normalised.
             window: Tokens along (t, f), which it divides.
-            shift: Cyclic shift of the windows along (t, f).
             mask: From `attention_mask_of_windows`.
 
         Returns:
@@ -469,7 +525,7 @@ class CATAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        query, key, value = self.heads(streams, window, shift)
+        query, key, value = self.heads(streams, window)
         output, weights = attention(
             self,
             query,
@@ -481,15 +537,12 @@ class CATAttention(nn.Module):
             **kwargs,
         )  # (B * windows, N, heads, D)
         output = self.output(output.flatten(2)).unflatten(0, (b, -1))
-        output = window_reverse(output, window, t, f)
-        return output if shift == (0, 0) else output.roll(shift, (1, 2)), weights
+        return window_reverse(output, window, t, f), weights
 
-    def heads(self, streams: torch.Tensor, window: tuple[int, int], shift: tuple[int, int]) -> torch.Tensor:
+    def heads(self, streams: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values of all filters: (3, B * windows, heads, N, D)."""
         qkv = []
         for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
-            if shift != (0, 0):
-                stream = stream.roll((-shift[0], -shift[1]), (1, 2))
             tokens = window_partition(stream, window).flatten(0, 1)
             qkv.append(project(tokens).unflatten(2, (3, -1, self.head_dim)))
         return torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)
@@ -556,10 +609,28 @@ class CATBlock(GradientCheckpointingLayer):
         if self.depthwise is not None:
             local = self.depthwise(zero_padding(trunk, token_mask).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             trunk = trunk + self.drop_path(local)
+        trunk = shift_windows(trunk, shift)
+        offsets = None if offsets is None else shift_windows(offsets, shift)
+        trunks, weights = [], []
+        for clips, steps in slices(self, trunk, trunk.shape[:3], window[0]):
+            part = None if offsets is None else offsets[:, clips, steps]
+            mask = part_of_mask(window_mask, clips, steps, trunk.shape[2], window)
+            output, weight = self.within_windows(trunk[clips, steps], part, window, mask, **kwargs)
+            trunks.append(output), weights.append(weight)
+        trunk = join_slices(trunks, len(trunk))
+        return shift_windows(trunk, (-shift[0], -shift[1])), None if weights[0] is None else torch.cat(weights)
+
+    def within_windows(
+        self,
+        trunk: torch.Tensor,
+        offsets: torch.Tensor | None,
+        window: tuple[int, int],
+        mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention and MLP: no token sees beyond its window. As `forward`."""
         # No name for what is large and needed once: it would be kept to the end.
-        attended, weights = self.attention(
-            self.norm_attention(join_streams(trunk, offsets)), window, shift, window_mask, **kwargs
-        )
+        attended, weights = self.attention(self.norm_attention(join_streams(trunk, offsets)), window, mask, **kwargs)
         trunk = trunk + self.drop_path(self.dropout(attended))
         trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
         return trunk, weights
@@ -577,11 +648,16 @@ class CATPatchMerging(nn.Module):
         self, trunk: torch.Tensor, offsets: torch.Tensor | None, token_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, t, f, C) and (G, B, t, f, C) -> (B, t / 2, f / 2, 2 C) and (G, B, t / 2, f / 2, 2 C)."""
-        # Zero stands in for what is not there, so that a token beside padding is what it is at the end of a batch.
-        streams = zero_padding(join_streams(trunk, offsets), token_mask)
-        streams = pad_time(pad_time(streams, 2, 2), 2, 3)
-        quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
-        return split_streams(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
+        parts = []
+        for clips, steps in slices(self, trunk, trunk.shape[:3], 2):
+            part = None if offsets is None else offsets[:, clips, steps]
+            mask = None if token_mask is None else token_mask[clips, steps]
+            # Zero stands in for what is not there, so that a token beside padding is what it is at the end of a batch.
+            streams = zero_padding(join_streams(trunk[clips, steps], part), mask)
+            streams = pad_time(pad_time(streams, 2, 2), 2, 3)
+            quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
+            parts.append(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
+        return split_streams(join_slices(parts, len(trunk)))
 
 
 class CATStage(nn.Module):
