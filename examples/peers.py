@@ -7,9 +7,11 @@ hts-at   transformers' `ClapAudioModel` (Chen et al., 2022)
 ast      transformers' `ASTModel` (Gong et al., 2021), with its overlapping 16x16 patches
 
 The last two read a fixed length, that of the training crops: a longer clip is cut into pieces of it, whose scores are
-averaged. Padding is not masked: this is for data sets whose clips have one length.
+averaged by the frames that are not silent, since the training crops give up no sound for silence either. Padding is not
+masked: this is for data sets whose clips have one length.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -27,8 +29,10 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from transformers_cat import CATFeatureExtractor
+from transformers_cat.configuration_cat import LOG_OFFSET
 
 BINS = 64
+SILENCE = math.log(1.1 * LOG_OFFSET)  # log power that digital silence stays below
 
 
 class PeerConfig(PreTrainedConfig):
@@ -132,8 +136,11 @@ class PeerForAudioClassification(PreTrainedModel):
     def forward(self, input_values, attention_mask=None, labels=None, **kwargs) -> SequenceClassifierOutput:
         """`labels`: (B,) class indices, or (B, num_labels) probabilities."""
         spectrogram = self.norm(input_values.transpose(1, 2)).transpose(1, 2)
-        pieces = [spectrogram] if self.config.kind == "cnn" else spectrogram.split(self.config.num_frames, dim=1)
-        logits = torch.stack([self.classifier(self.body(piece)) for piece in pieces]).mean(0)
+        frames = spectrogram.shape[1] if self.config.kind == "cnn" else self.config.num_frames
+        logits = torch.stack([self.classifier(self.body(piece)) for piece in spectrogram.split(frames, dim=1)])
+        sound = (input_values > SILENCE).any(-1).float()  # (B, T)
+        weight = torch.stack([piece.sum(1, keepdim=True) for piece in sound.split(frames, dim=1)]) + 1e-3
+        logits = (logits * weight).sum(0) / weight.sum(0)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

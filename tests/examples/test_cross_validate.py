@@ -179,6 +179,9 @@ def test_peers_read_long_clips_in_pieces_and_learn_from_soft_labels(example, kin
     assert together.shape == (2, 3)
     if kind != "cnn":
         torch.testing.assert_close(together, (logits[0] + logits[1]) / 2)
+        # Silence has no say.
+        silent = torch.full_like(second, -11.5129)
+        torch.testing.assert_close(model(torch.cat([first, silent], 1)).logits, logits[0], atol=1e-3, rtol=1e-3)
     model.train()(first, labels=torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]])).loss.backward()
     assert all(value.grad is not None for name, value in model.named_parameters() if "position" not in name)
     with pytest.raises(ValueError, match="There is no peer 'resnet'"):
