@@ -616,7 +616,8 @@ class CATBlock(GradientCheckpointingLayer):
             part = None if offsets is None else offsets[:, clips, steps]
             mask = part_of_mask(window_mask, clips, steps, trunk.shape[2], window)
             output, weight = self.within_windows(trunk[clips, steps], part, window, mask, **kwargs)
-            trunks.append(output), weights.append(weight)
+            trunks.append(output)
+            weights.append(weight)
         trunk = join_slices(trunks, len(trunk))
         return shift_windows(trunk, (-shift[0], -shift[1])), None if weights[0] is None else torch.cat(weights)
 
