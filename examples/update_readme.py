@@ -10,6 +10,7 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def collect(runs: Path, results: Path) -> None:
         if (runs / path).is_file():
             content = json.loads((runs / path).read_text(encoding="utf-8"))
             write_json(results / f"{name}.json", {key: content[key] for key in content if kept is None or key in kept})
+            if (picture := (runs / path).with_name("table.png")).is_file():
+                shutil.copy(picture, results / f"{name}.png")
 
 
 def updated(text: str, results: Path) -> str:

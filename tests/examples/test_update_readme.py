@@ -27,8 +27,9 @@ def test_figures_come_from_the_files(script, tmp_path):
     run = {"metrics": {"epoch": 7.0, "eval_accuracy": 0.5}, "clips": {"train": 4, "test": 2}, "environment": "secret"}
     (runs / "digits").mkdir(parents=True)
     (runs / "digits/results.json").write_text(json.dumps(run))
+    (runs / "digits/table.png").write_bytes(b"picture")
     script.collect(runs, results)
-    assert [path.name for path in results.iterdir()] == ["digits.json"]
+    assert sorted(path.name for path in results.iterdir()) == ["digits.json", "digits.png"]
     assert "secret" not in (results / "digits.json").read_text()
     text = script.updated("before <!-- digits -->old<!-- /digits --> after", results)
     assert "| 4 | 2 | 7 | 50.0 |" in text and "old" not in text
