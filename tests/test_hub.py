@@ -323,7 +323,7 @@ class TestScript:
         assert {path.name for path in (data / "run").iterdir()} >= CODE | CHECKPOINT | {"results.json"}
         card = ModelCard.load(data / "run" / "README.md")
         assert card.data.eval_results[0].metric_value == metrics["eval_accuracy"]
-        assert "1.0 times the\nreconstruction loss" in card.text  # as it was trained, not as it was saved
+        assert "1.0 times the reconstruction loss" in card.text  # as it was trained, not as it was saved
         config = json.loads((data / "run" / "config.json").read_text())
         assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForAudioClassification"}
 

@@ -358,6 +358,7 @@ def test_a_short_clip_needs_no_whole_window(monkeypatch, depths, frames):
 @pytest.mark.parametrize("variant", ["every part", "global kernel", "one filter"])
 @pytest.mark.parametrize("lengths", [(333, 333, 333), (333, 180, 7)])
 @pytest.mark.parametrize("tokens", [1, 300, 2000])
+@torch.no_grad()
 def test_slices_change_nothing(monkeypatch, tokens, lengths, variant):
     """Parts of a clip, single clips, and several clips at once; shifted windows, padding and odd lengths among them."""
     model = model_with(**VARIANTS[variant], attn_implementation="eager")

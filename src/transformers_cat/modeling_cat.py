@@ -169,7 +169,7 @@ def part_of_mask(
     if mask is None or steps == slice(None):
         return mask
     windows = slice(*(bins // window[1] * (step // window[0]) for step in (steps.start, steps.stop)))
-    return mask[clips if len(mask) > 1 else slice(None), windows]
+    return mask[clips if mask.shape[0] > 1 else slice(None), windows]
 
 
 def any_of(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
@@ -192,8 +192,9 @@ def slices(module: nn.Module, like: torch.Tensor, size: tuple[int, int, int], st
 
     All of them, but in inference on a CPU some clips or, where one is long, a part of one, in multiples of `steps`.
     """
-    # A graph that is being traced must not depend on how many slices there are.
-    if module.training or like.device.type != "cpu" or torch.compiler.is_compiling():
+    # Gradients keep what lies between the layers anyway, and a graph that is being traced must not depend on how many
+    # slices there are.
+    if module.training or torch.is_grad_enabled() or like.device.type != "cpu" or torch.compiler.is_compiling():
         return [(slice(None), slice(None))]
     b, t, f = size
     clips = max(CPU_SLICE // (t * f), 1)
@@ -415,7 +416,7 @@ class CATEmbeddings(nn.Module):
         local = None if self.stem is None else self.convolve(features, frame_mask)
         time, bins = self.projection.kernel_size
         features = pad_time(features, time, 1)
-        size = (len(features), features.shape[1] // time, features.shape[4] // bins)
+        size = (features.shape[0], features.shape[1] // time, features.shape[4] // bins)
         position = None if self.position is None else self.position(*size[1:])
         parts = []
         for clips, steps in slices(self, features, size, 1):
@@ -425,7 +426,7 @@ class CATEmbeddings(nn.Module):
             if local is not None:
                 tokens = tokens + local[:, clips, steps]
             parts.append(self.norm(tokens))
-        return self.dropout(join_slices(parts, len(features)))
+        return self.dropout(join_slices(parts, features.shape[0]))
 
     def convolve(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """The stem's part: (B, T, G, K, F), mask (B, T) -> (G, B, t, f, C)."""
@@ -618,8 +619,9 @@ class CATBlock(GradientCheckpointingLayer):
             output, weight = self.within_windows(trunk[clips, steps], part, window, mask, **kwargs)
             trunks.append(output)
             weights.append(weight)
-        trunk = join_slices(trunks, len(trunk))
-        return shift_windows(trunk, (-shift[0], -shift[1])), None if weights[0] is None else torch.cat(weights)
+        trunk = join_slices(trunks, trunk.shape[0])
+        weights = weights[0] if len(weights) == 1 or weights[0] is None else torch.cat(weights)
+        return shift_windows(trunk, (-shift[0], -shift[1])), weights
 
     def within_windows(
         self,
@@ -658,7 +660,7 @@ class CATPatchMerging(nn.Module):
             streams = pad_time(pad_time(streams, 2, 2), 2, 3)
             quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
             parts.append(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
-        return split_streams(join_slices(parts, len(trunk)))
+        return split_streams(join_slices(parts, trunk.shape[0]))
 
 
 class CATStage(nn.Module):
