@@ -55,9 +55,9 @@ def test_kernels_and_memory_of_a_forward(tiny, batch_size):
     features = torch.randn(batch_size, FRAMES, 384)
     with KernelCounter() as counter:
         tiny(features)
-    # 396 kernels and 350 MB a clip when this was written (not all at once). Where the tokens of the batch are too many
-    # for the caches, in the first stage and its patches, each clip has its own.
-    assert counter.kernels <= (410 if batch_size == 1 else 700)
+    # 400 kernels (614 for four clips) and 353 MB a clip when this was written, not all at once. Where the tokens of the
+    # batch are too many for the caches, in the first stage and its patches, each clip has its own.
+    assert counter.kernels <= (410 if batch_size == 1 else 630)
     assert counter.allocated / batch_size <= 360e6
 
 
