@@ -75,6 +75,7 @@ from transformers_cat.training import (
     plot_learning_curves,
     split_folds,
     validate_audio_files,
+    without_recordings_of,
     write_predictions,
 )
 from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
@@ -147,6 +148,13 @@ class DataArguments:
     problem_type: str | None = field(
         default=None,
         metadata={"help": "Default: multi-label if a clip has several labels.", "choices": list(PROBLEM_TYPES)},
+    )
+    leave_out_recordings_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data of ESC-50 or UrbanSound8K whose recordings on Freesound are left out of training, as where "
+            "what is trained is later tested on them."
+        },
     )
     on_bad_audio: str = field(
         default="error",
@@ -264,7 +272,10 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     # One process fills the caches that the others then read.
     with args.main_process_first(desc="loading the data set"):
         loaded = load_data(data_args, model_args, skipped)
+        others = data_args.leave_out_recordings_of and load_audio_dataset(data_args.leave_out_recordings_of)
     splits = _split(loaded, data_args, args)
+    if others and "train" in splits:
+        splits["train"] = without_recordings_of(splits["train"], others)
     limits = {"train": data_args.max_train_samples}
     for name, split in splits.items():
         limit = limits.get(name, data_args.max_eval_samples)

@@ -38,6 +38,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--config_name", required=True, help="the model, trained from scratch on the source")
     parser.add_argument("--config_overrides", help="JSON that replaces values of its configuration")
     parser.add_argument("--init_from", help="a Swin or CLAP (HTS-AT) checkpoint whose trunk is its start")
+    parser.add_argument(
+        "--leave_out_shared_recordings",
+        action="store_true",
+        help="between ESC-50 and UrbanSound8K: do not train on recordings of Freesound that the target has too",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_known_args(argv)
@@ -49,6 +54,8 @@ def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: 
     for name in ("config_overrides", "init_from"):
         if getattr(args, name):
             own += [f"--{name}", getattr(args, name)]
+    if args.leave_out_shared_recordings:
+        own += ["--leave_out_recordings_of", args.data]
     run.main([*flags, *own, "--do_train", "--eval_strategy", "no"])
 
 

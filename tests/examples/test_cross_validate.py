@@ -131,6 +131,22 @@ def test_transfer(example, folder, tmp_path):
     assert tuned["config"]["reconstruction_loss_weight"] == 1  # the saved source has it at 0
 
 
+def test_transfer_without_shared_recordings(example, folder, tmp_path):
+    """Recordings 0 and 1 are in the target; of the source's six recordings, two clips each, four remain."""
+    for name, count, pattern in (("clips", 2, "1-{}-A-{}.wav"), ("others", 6, "{}-{}-0-0.wav")):
+        rows = [("audio", "label", "fold")]
+        for recording in range(count):
+            for i, label in enumerate(("low", "high")):
+                rows.append((pattern.format(recording, i), label, recording % 2 + 1))
+                (tmp_path / rows[-1][0]).write_bytes((folder / f"{label}{recording}.wav").read_bytes())
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    more = ("--source", str(tmp_path / "others.csv"), "--leave_out_shared_recordings")
+    example("transfer").main(flags(tmp_path, tmp_path / "runs", *more))
+    assert json.loads((tmp_path / "runs" / "seed0" / "source" / "results.json").read_text())["clips"] == {"train": 8}
+
+
 def test_ablation_table(example, folder, tmp_path):
     results = example("ablate").main(flags(folder, tmp_path, "--table", "a", "--folds", "1", "--max_steps", "1"))
     assert list(results) == ["w/o CL", "w. CL"]

@@ -27,6 +27,7 @@ from transformers_cat.training.data import (
     read_urbansound8k,
     split_folds,
     validate_audio_files,
+    without_recordings_of,
 )
 
 RATE = 8000
@@ -86,6 +87,26 @@ class TestEsc50:
         labels, folds = np.array(dataset["label"][:]), np.array(dataset["fold"][:])
         for fold in range(1, 6):
             assert np.bincount(labels[folds == fold]).tolist() == [8] * 10
+
+
+def clips_named(*names):
+    return Dataset.from_dict({"audio": list(names), "label": [0] * len(names)})
+
+
+class TestSharedRecordings:
+    def test_clips_of_recordings_of_the_other_are_left_out(self):
+        urban = clips_named("fold1/7-3-0-0.wav", "fold1/7-3-0-1.wav", "fold2/11-2-0-0.wav", "fold2/1-7-0-0.wav")
+        esc = clips_named("audio/1-7-A-0.ogg", "audio/2-99-B-41.ogg")
+        assert without_recordings_of(urban, esc)["audio"][:] == ["fold2/11-2-0-0.wav", "fold2/1-7-0-0.wav"]
+        assert without_recordings_of(esc, DatasetDict(train=urban))["audio"][:] == ["audio/2-99-B-41.ogg"]
+
+    def test_other_names_are_refused(self):
+        with pytest.raises(ValueError, match="The clip dog.wav is not named as in ESC-50 or UrbanSound8K"):
+            without_recordings_of(clips_named("1-7-A-0.ogg", "dog.wav"), clips_named("1-7-A-0.ogg"))
+
+    def test_real(self, data_dir):
+        urban, esc = (load_audio_dataset(data_dir / name) for name in ("urbansound8k", "esc10"))
+        assert len(urban) - len(without_recordings_of(urban, esc)) == 12  # of 3 recordings
 
 
 class TestUrbanSound8K:

@@ -39,6 +39,8 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "eval"),
 }
 LABEL_SEPARATOR = ";"
+# 1-100032-A-0: fold, recording, take, target; 101415-3-0-2: recording, class, occurrence, slice.
+FREESOUND_NAME = re.compile(r"\d-(?P<esc50>\d+)-[A-Z]-\d+|(?P<urbansound8k>\d+)-\d+-\d+-\d+")
 EMPTY, TRUNCATED = "it holds no samples", "it is truncated: it ends before its header says"
 LARGEST_DECLARED = 0x7FFF0000  # bytes
 LAYOUTS = (
@@ -346,6 +348,37 @@ def clip_name(clip: str | dict, position: int) -> str:
     """How reports name a clip: its path, or its number where only its bytes are known."""
     path = clip if isinstance(clip, str) else clip["path"]
     return path or f"clip {position}"
+
+
+def freesound_number(name: str) -> str | None:
+    """The recording on Freesound that a clip of ESC-50 or UrbanSound8K was cut from, `None` for other names."""
+    match = FREESOUND_NAME.fullmatch(Path(name).stem)
+    return match and (match["esc50"] or match["urbansound8k"])
+
+
+def without_recordings_of(dataset: Dataset, other: Dataset | DatasetDict) -> Dataset:
+    """The clips of `dataset` but for those of Freesound recordings that clips of `other` are cut from too.
+
+    ESC-50 and UrbanSound8K both come from Freesound, so that one may hold what the other tests on.
+
+    Raises:
+        ValueError: a clip has not the name that it has in one of the two.
+    """
+    numbers = _freesound_numbers(dataset)
+    shared = set(_freesound_numbers(other))
+    return dataset.select([i for i, number in enumerate(numbers) if number not in shared])
+
+
+def _freesound_numbers(dataset: Dataset | DatasetDict) -> list[str]:
+    parts = dataset.values() if isinstance(dataset, DatasetDict) else [dataset]
+    names = [clip_name(clip, i) for part in parts for i, clip in enumerate(part.with_format(None)["audio"])]
+    numbers = [freesound_number(name) for name in names]
+    if None in numbers:
+        raise ValueError(
+            f"The clip {names[numbers.index(None)]} is not named as in ESC-50 or UrbanSound8K, by the number of its "
+            "recording on Freesound, so that it cannot be told which recordings both data sets have"
+        )
+    return numbers
 
 
 class _DecodeAudio:
