@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 demo: $(BIN)/transformers-cat
 	$(BIN)/transformers-cat classify $(AUDIO) --top 3
 
+# One process for each core, up to four, with one thread each. A file's tests stay together, for what they share.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ from transformers_cat.training import (
     plot_learning_curves,
     split_folds,
     validate_audio_files,
+    without_only_split,
     without_recordings_of,
     write_predictions,
 )
@@ -292,10 +293,7 @@ def load_data(
     data_args: DataArguments, model_args: ModelArguments, missing: list[str] | None = None
 ) -> Dataset | DatasetDict:
     """The data set or its splits, with nothing held out yet; names of missing clips are appended to `missing`."""
-    loaded = _load(data_args, model_args, missing)
-    if isinstance(loaded, DatasetDict) and len(loaded) == 1:  # one split is no split
-        return next(iter(loaded.values()))
-    return loaded
+    return without_only_split(_load(data_args, model_args, missing))
 
 
 def _load(data_args: DataArguments, model_args: ModelArguments, missing: list[str] | None) -> Dataset | DatasetDict:

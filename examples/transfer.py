@@ -22,7 +22,7 @@ import run_audio_classification as run
 from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
 
-from transformers_cat.training import load_audio_dataset
+from transformers_cat.training import load_audio_dataset, without_only_split
 from transformers_cat.training.probe import embed, linear_probe
 from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
 from transformers_cat.training.report import write_json
@@ -68,7 +68,7 @@ def objective(args: argparse.Namespace) -> str:
 def probe(source: Path, data: str, path: Path) -> dict[int, float]:
     """The linear probe's accuracy on each fold of the target."""
     if not path.exists():
-        dataset = load_audio_dataset(data)
+        dataset = without_only_split(load_audio_dataset(data))
         model = AutoModelForAudioClassification.from_pretrained(source)
         latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset)
         write_json(path, linear_probe(latents, dataset["label"][:], dataset["fold"][:]))

@@ -27,6 +27,7 @@ from transformers_cat.training.data import (
     read_urbansound8k,
     split_folds,
     validate_audio_files,
+    without_only_split,
     without_recordings_of,
 )
 
@@ -91,6 +92,13 @@ class TestEsc50:
 
 def clips_named(*names):
     return Dataset.from_dict({"audio": list(names), "label": [0] * len(names)})
+
+
+def test_one_split_is_no_split():
+    one, other = clips_named("a.wav"), clips_named("b.wav")
+    assert without_only_split(DatasetDict(train=one)) is one and without_only_split(one) is one
+    both = DatasetDict(train=one, test=other)
+    assert without_only_split(both) is both
 
 
 class TestSharedRecordings:

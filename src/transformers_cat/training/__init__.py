@@ -20,6 +20,7 @@ from .data import (
     read_urbansound8k,
     split_folds,
     validate_audio_files,
+    without_only_split,
     without_recordings_of,
 )
 from .metrics import Accuracy, DPrime, MeanAUC, MeanAveragePrecision, compute_metrics_for, main_metric
@@ -62,6 +63,7 @@ __all__ = [
     "read_urbansound8k",
     "split_folds",
     "validate_audio_files",
+    "without_only_split",
     "without_recordings_of",
     "write_predictions",
     "write_scores",

@@ -350,6 +350,11 @@ def clip_name(clip: str | dict, position: int) -> str:
     return path or f"clip {position}"
 
 
+def without_only_split(loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
+    """A `DatasetDict` of one split as its `Dataset`: one split is no split."""
+    return next(iter(loaded.values())) if isinstance(loaded, DatasetDict) and len(loaded) == 1 else loaded
+
+
 def freesound_number(name: str) -> str | None:
     """The recording on Freesound that a clip of ESC-50 or UrbanSound8K was cut from, `None` for other names."""
     match = FREESOUND_NAME.fullmatch(Path(name).stem)
