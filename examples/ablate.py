@@ -36,8 +36,8 @@ CAUSAL_COLUMNS = {"w/o CL": WITHOUT_CAUSAL, "w. CL": WITH_CAUSAL}
 
 
 def global_attention(config) -> dict:
-    """One stage of global attention as in AST: as deep as all stages, as wide as the third."""
-    width = 4 * config.embed_dim
+    """One stage of global attention as in AST: as deep as all stages, as wide as the third, or else the last."""
+    width = config.stage_width(min(2, len(config.depths) - 1))
     heads = 2 * max(width // 64, 1)  # of 32 channels, as Swin's; a number that two filters can share
     return {
         "window_size": None,

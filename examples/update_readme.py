@@ -43,6 +43,17 @@ def comparison(results: dict) -> str:
     return markdown_table(header, rows)
 
 
+def transfer(summary: dict) -> str:
+    """The two transfers of a `summary.json` of transfer.py."""
+    folds = list(next(iter(summary["fine-tuned"]["seeds"].values()))["folds"])
+    rows = []
+    for name in ("linear probe", "fine-tuned"):
+        for own in summary[name]["seeds"].values():
+            scores = [per_cent(own["folds"][fold], None) for fold in folds]
+            rows.append([name, *scores, per_cent(own["mean"], own["deviation"])])
+    return markdown_table(["transfer", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+
+
 def one_run(results: dict) -> str:
     """The accuracy of a `results.json` of run_audio_classification.py."""
     training, test = results["clips"]["train"], results["clips"]["test"]
@@ -75,6 +86,8 @@ def experiment(results: dict) -> str:
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
+    "longer": ("longer/results.json", None, comparison),
+    "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),
     "cost": ("cost/results.json", None, cost),
