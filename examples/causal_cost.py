@@ -27,7 +27,7 @@ FRAMES = 1000
 VARIANTS = {
     "without": {"causal_loss_weight": 0.0, "reconstruction_loss_weight": 0.0},
     "l_c": {"reconstruction_loss_weight": 0.0},
-    "l_c, interventional": {"reconstruction_loss_weight": 0.0, "causal_estimator": "interventional"},
+    "l_c, closed form": {"reconstruction_loss_weight": 0.0, "causal_estimator": "closed_form"},
     "l_c and l_rs": {},
 }
 TASKS = {"50 classes": ("single_label_classification", 50), "527 labels": ("multi_label_classification", 527)}

@@ -133,10 +133,10 @@ def causal_loss(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    estimator: str = "closed_form",
+    estimator: str = "interventional",
     num_donors: int | None = 4,
     form: str = "log1p",
-    reduction: str = "sum",
+    reduction: str = "mean",
     multi_label: bool = False,
     eps: float = 1e-6,
 ) -> Tensor:
@@ -301,10 +301,10 @@ class CausalModule(nn.Module):
         head: str | None = None,
         loss_weight: float = 1.0,
         multi_label: bool | None = None,
-        estimator: str = "closed_form",
+        estimator: str = "interventional",
         num_donors: int | None = 4,
         form: str = "log1p",
-        reduction: str = "sum",
+        reduction: str = "mean",
     ):
         super().__init__()
         self.model = model

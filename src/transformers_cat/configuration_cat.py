@@ -161,10 +161,10 @@ class CATConfig(PreTrainedConfig):
     Objective (eqs. 4-10), of training alone; see `causal.py`:
 
         causal_loss_weight (`float`, defaults to 1): Weight of the causal loss l_c; 0 leaves it out.
-        causal_estimator (`str`, defaults to `"closed_form"`): Or `"interventional"`.
+        causal_estimator (`str`, defaults to `"interventional"`): Or `"closed_form"`.
         causal_form (`str`, defaults to `"log1p"`): Of the interventional estimator; or `"literal"`, the logarithm as
             eq. 8 prints it.
-        causal_reduction (`str`, defaults to `"sum"`): Over the features, as eq. 8 prints it; or `"mean"`.
+        causal_reduction (`str`, defaults to `"mean"`): Over the features; or `"sum"`, as eq. 8 prints it.
         num_donors (`int` or `None`, defaults to 4): Clips of the batch from which the interventional estimator takes
             replacement values; `None` is all of them.
         reconstruction_loss_weight (`float`, defaults to 1): Weight of the reconstruction loss l_rs; 0 leaves it out,
@@ -218,9 +218,9 @@ class CATConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     causal_loss_weight: float | int = 1.0
-    causal_estimator: Literal["interventional", "closed_form"] = "closed_form"
+    causal_estimator: Literal["interventional", "closed_form"] = "interventional"
     causal_form: Literal["log1p", "literal"] = "log1p"
-    causal_reduction: Literal["mean", "sum"] = "sum"
+    causal_reduction: Literal["mean", "sum"] = "mean"
     num_donors: int | None = 4
     reconstruction_loss_weight: float | int = 1.0
 
