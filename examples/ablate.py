@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""The ablations of the paper's Table II, each row a cross-validation of one configuration.
+r"""The ablations of the paper's Table II and of the model's parts, each row a cross-validation of one configuration.
 
     python examples/ablate.py --table a --data /data/ESC-50 --config_name model_cards/cat-tiny --seeds 0 1 2 \
         --output_dir runs/table_a
@@ -8,6 +8,7 @@ r"""The ablations of the paper's Table II, each row a cross-validation of one co
         b   without and with starting weights; needs --init_from, a Swin or CLAP (HTS-AT) checkpoint
         c   two backbones (CAT, and global attention without hierarchy as in AST) plain, with MRMF, with MRMF and CL
         d   transfer from --source to --data and the reverse, without and with the causal loss
+        e   not the paper's: what the configuration has, and each of its parts left out or replaced alone
 
 `--config_overrides` holds for every row, and the row's own overrides come on top. All other flags are those of
 `cross_validate.py`, which resumes what was interrupted. The output folder gets a folder for each cell, and the result
@@ -49,6 +50,22 @@ def global_attention(config) -> dict:
     }
 
 
+def parts(config) -> dict[str, dict]:
+    """What is changed of the configuration, one part at a time."""
+    return {
+        "as configured": {},
+        "mel filters alone": {"filters": ["mel"]},
+        "linear filters alone": {"filters": ["linear"]},
+        "one window, 25 ms": {"window_lengths": [800], "hop_lengths": [320]},
+        "the same hop for all windows": {"hop_lengths": [config.frame_shift] * len(config.window_lengths)},
+        "no exchange between resolutions": {"exchange_dim": 0},
+        "no positions": {"use_position_embedding": False},
+        "no convolutions": {"stem_channels": [], "depthwise_kernel_size": 0},
+        "global attention, one stage": global_attention(config),
+        **CAUSAL_COLUMNS,
+    }
+
+
 def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]]]]:
     """row -> column -> the overrides and further flags of its runs."""
     if args.table == "a":
@@ -56,6 +73,8 @@ def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]
     if args.table == "b":
         return {"from scratch": {"CAT": ({}, [])}, "pre-trained": {"CAT": ({}, ["--init_from", args.init_from])}}
     base = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
+    if args.table == "e":
+        return {name: {"CAT": (overrides, [])} for name, overrides in parts(base).items()}
     backbones = {"AST": global_attention(base), "CAT": {}}
     rows = {"plain": {**ONE_SPECTROGRAM, **WITHOUT_CAUSAL}, "+ MRMF": WITHOUT_CAUSAL, "+ MRMF + CL": WITH_CAUSAL}
     return {
@@ -127,7 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, dict]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--table", required=True, choices="abcd", help="which part of Table II")
+    parser.add_argument("--table", required=True, choices="abcde", help="which part of Table II, or e")
     parser.add_argument("--data", required=True, help="folder or CSV file")
     parser.add_argument("--source", help="table d: the other data set")
     parser.add_argument("--config_name", required=True, help="folder or id with a config.json")

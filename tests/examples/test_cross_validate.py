@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+from transformers_cat import CATConfig
 from transformers_cat.training import read_scores
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -168,6 +169,17 @@ def test_rows_of_table_c(example):
     assert cells["+ MRMF + CL"]["CAT"] == (causal, [])
     shape = {"window_size": None, "depths": [3], "num_heads": [8], "embed_dim": 256, "patch_size": [16, 16]}
     assert cells["+ MRMF + CL"]["AST"] == ({**shape, "stem_channels": [], **causal}, [])
+
+
+@pytest.mark.parametrize("size", ["cat-nano", "cat-tiny"])
+def test_each_row_of_table_e_is_another_possible_model(example, size):
+    config = CATConfig.from_pretrained(EXAMPLES.parent / "model_cards" / size)
+    rows = example("ablate").parts(config)
+    made = {name: CATConfig(**{**config.to_dict(), **overrides}).to_dict() for name, overrides in rows.items()}
+    assert made.pop("as configured") == config.to_dict()
+    for name, values in made.items():
+        changed = {key for key in values if values[key] != config.to_dict()[key]}
+        assert changed <= set(rows[name]) and (changed or name in ("no convolutions", "w. CL")), name
 
 
 def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example, folder, tmp_path):
