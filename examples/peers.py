@@ -6,7 +6,7 @@ cnn      four times 3x3 convolution, batch norm, ReLU and 2x2 max pooling; mean 
 hts-at   transformers' `ClapAudioModel` (Chen et al., 2022)
 ast      transformers' `ASTModel` (Gong et al., 2021), with its overlapping 16x16 patches
 
-The last two read a fixed length, that of the training crops: a longer clip is cut into pieces of it, whose scores are
+The last two read a fixed length, that of the training crops: a longer clip is cut into pieces of it, whose outputs are
 averaged by the frames that are not silent, since the training crops give up no sound for silence either. Padding is not
 masked: this is for data sets whose clips have one length.
 """
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 from transformers_cat import CATFeatureExtractor
 from transformers_cat.configuration_cat import LOG_OFFSET
@@ -115,32 +115,46 @@ class AST(nn.Module):
 PEERS = {"cnn": CNN, "hts-at": HTSAT, "ast": AST}
 
 
+class PeerModel(nn.Module):
+    """(B, T, 64), the features of `CATFeatureExtractor` with one filter and one window -> `pooler_output` (B, d)."""
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        self.config = config
+        self.norm = nn.BatchNorm1d(BINS)
+        self.body = PEERS[config.kind](config)
+
+    def forward(self, input_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        spectrogram = self.norm(input_values.transpose(1, 2)).transpose(1, 2)
+        frames = spectrogram.shape[1] if self.config.kind == "cnn" else self.config.num_frames
+        pooled = torch.stack([self.body(piece) for piece in spectrogram.split(frames, dim=1)])
+        sound = (input_values > SILENCE).any(-1).float()  # (B, T)
+        weight = torch.stack([piece.sum(1, keepdim=True) for piece in sound.split(frames, dim=1)]) + 1e-3
+        return BaseModelOutputWithPooling(pooler_output=(pooled * weight).sum(0) / weight.sum(0))
+
+
 class PeerForAudioClassification(PreTrainedModel):
-    """A peer with a linear head, on the features (B, T, 64) of `CATFeatureExtractor` with one filter and one window."""
+    """A peer with a linear head."""
 
     config_class = PeerConfig
-    base_model_prefix = "body"
+    base_model_prefix = "peer"
     main_input_name = "input_values"
     accepts_loss_kwargs = False
 
     def __init__(self, config: PeerConfig):
         super().__init__(config)
-        self.norm = nn.BatchNorm1d(BINS)
-        self.body = PEERS[config.kind](config)
-        self.classifier = nn.Linear(self.body.width, config.num_labels)
+        self.peer = PeerModel(config)
+        self.classifier = nn.Linear(self.peer.body.width, config.num_labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the bodies of transformers have initialised themselves, and the rest is as PyTorch makes it."""
+        """The head alone, which may be new: the bodies of transformers and PyTorch's layers initialise themselves."""
+        if module is self.classifier:
+            module.reset_parameters()
 
     def forward(self, input_values, attention_mask=None, labels=None, **kwargs) -> SequenceClassifierOutput:
         """`labels`: (B,) class indices, or (B, num_labels) probabilities."""
-        spectrogram = self.norm(input_values.transpose(1, 2)).transpose(1, 2)
-        frames = spectrogram.shape[1] if self.config.kind == "cnn" else self.config.num_frames
-        logits = torch.stack([self.classifier(self.body(piece)) for piece in spectrogram.split(frames, dim=1)])
-        sound = (input_values > SILENCE).any(-1).float()  # (B, T)
-        weight = torch.stack([piece.sum(1, keepdim=True) for piece in sound.split(frames, dim=1)]) + 1e-3
-        logits = (logits * weight).sum(0) / weight.sum(0)
+        logits = self.classifier(self.peer(input_values).pooler_output)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import cross_validate
+import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
 import run_audio_classification as run
 from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
@@ -60,9 +61,10 @@ def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: 
 
 
 def objective(args: argparse.Namespace) -> str:
-    """The loss weights of the source's training: a saved model no longer has that of the reconstruction loss."""
+    """The loss weights of the source's training: a saved CAT no longer has that of the reconstruction loss."""
     config = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides or "{}"))
-    return json.dumps({name: getattr(config, name) for name in ("causal_loss_weight", "reconstruction_loss_weight")})
+    weights = ("causal_loss_weight", "reconstruction_loss_weight")
+    return json.dumps({name: getattr(config, name) for name in weights if hasattr(config, name)})
 
 
 def probe(source: Path, data: str, path: Path) -> dict[int, float]:

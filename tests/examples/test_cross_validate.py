@@ -132,6 +132,19 @@ def test_transfer(example, folder, tmp_path):
     assert tuned["config"]["reconstruction_loss_weight"] == 1  # the saved source has it at 0
 
 
+def test_transfer_of_a_peer(example, folder, tmp_path):
+    peer = str(example("peers").write_peer("cnn", 0.15, tmp_path / "cnn"))
+    command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
+    summary = example("transfer").main(command)
+    assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
+    # A head of another size, and one of the same size for other classes, start anew.
+    source = tmp_path / "seed0" / "source"
+    model = example("peers").PeerForAudioClassification
+    more = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    weight = model.from_pretrained(source, **more).classifier.weight
+    assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5
+
+
 def test_transfer_without_shared_recordings(example, folder, tmp_path):
     """Recordings 0 and 1 are in the target; of the source's six recordings, two clips each, four remain."""
     for name, count, pattern in (("clips", 2, "1-{}-A-{}.wav"), ("others", 6, "{}-{}-0-0.wav")):
