@@ -5,7 +5,8 @@
         --output_dir model_cards/cat-nano-esc10
 
 `--model` is a folder that `run_audio_classification.py` wrote. If it was trained on all clips, `--cross_validation`,
-a folder of `cross_validate.py` with the same recipe, gives the figures of its card.
+a folder of `cross_validate.py` with the same recipe, gives the figures of its card. The card knows the data set by its
+folder, or by `--dataset` where `prepare_audio.py` made another.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 from pathlib import Path
 
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification, include_code, model_card
-from transformers_cat.cards import known_dataset
+from transformers_cat.cards import DATASETS, known_dataset
 
 
 def check_same_recipe(own: dict, others: list[dict]) -> None:
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a finished run")
     parser.add_argument("--cross_validation", type=Path, help="folder of a cross-validation by the same recipe")
+    parser.add_argument("--dataset", choices=list(DATASETS), help="what the model was trained on")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the repository, named as it is")
     arguments = parser.parse_args(argv)
 
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         check_same_recipe(own, folds)
     model = CATForAudioClassification.from_pretrained(arguments.model)
     extractor = CATFeatureExtractor.from_pretrained(arguments.model)
-    dataset = known_dataset(own["arguments"]["data"]["data"], model.config.num_labels)
+    dataset = arguments.dataset or known_dataset(own["arguments"]["data"]["data"], model.config.num_labels)
     with include_code(model, extractor):
         model.save_pretrained(arguments.output_dir)
         extractor.save_pretrained(arguments.output_dir)

@@ -61,6 +61,13 @@ def one_run(results: dict) -> str:
     return markdown_table(["training clips", "test clips", "epochs", "accuracy, %"], rows)
 
 
+def volumes(results: dict) -> str:
+    """The table of volume.py."""
+    import volume
+
+    return volume.table(results)
+
+
 def benchmark(results: dict) -> str:
     """The tables of benchmark.py."""
     import benchmark
@@ -88,6 +95,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
+    "volume": ("volume/results.json", None, volumes),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),
     "cost": ("cost/results.json", None, cost),

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -119,6 +120,41 @@ def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
 def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         example("cross_validate").main(flags(folder, tmp_path, *more))
+
+
+def test_volume(example, folder, tmp_path):
+    script = example("volume")
+    command = [
+        "--data",
+        f"{folder}/clips.csv",
+        "--runs",
+        str(tmp_path / "tones"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(FileNotFoundError, match="tones holds no finished run"):
+        script.main(command)
+    summary = example("cross_validate").main(flags(folder, tmp_path / "tones", "--num_train_epochs", "4"))
+    (results,) = script.main([*command, "--decibels", "-120", "0"]).values()
+    assert results["0"] == pytest.approx(summary["mean"])  # folds of one size
+    assert results["-120"] == 0.5  # silence: one class for all
+    assert (tmp_path / "out" / "table.md").read_text().startswith("|  | -120 dB | 0 dB |")
+
+
+def test_publish(example, folder, tmp_path):
+    """A model of all clips, with the scores of the cross-validation of its recipe and of no other."""
+    example("cross_validate").main(flags(folder, tmp_path / "cv", "--folds", "1", "2", "--eval_strategy", "no"))
+    example("run_audio_classification").main([*flags(folder, tmp_path / "all", "--eval_strategy", "no"), "--do_train"])
+    command = ["--model", tmp_path / "all", "--cross_validation", tmp_path / "cv", "--output_dir", tmp_path / "out"]
+    publish = example("publish_checkpoint").main
+    publish([*map(str, command), "--dataset", "esc10"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "ESC-10" in card and "license: cc-by-3.0" in card and "fold 1, fold 2" in card
+    assert {"model.safetensors", "modeling_cat.py", "preprocessor_config.json"} <= set(os.listdir(tmp_path / "out"))
+    example("cross_validate").main(flags(folder, tmp_path / "cv2", "--folds", "1", "--gain_db", "1"))
+    command[3] = tmp_path / "cv2"
+    with pytest.raises(ValueError, match=r"had other arguments than the model: \['gain_db'\]"):
+        publish([*map(str, command)])
 
 
 def test_transfer(example, folder, tmp_path):

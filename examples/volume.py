@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+r"""How much a model's accuracy depends on the volume of what it hears.
+
+    python examples/volume.py --data ../shared/data/esc10 --runs runs/esc10 --output_dir runs/volume
+
+`--runs` is a folder of `cross_validate.py`: the model of each fold hears the clips of that fold, as they are and louder
+or quieter by each of `--decibels`. Several folders are compared. The result is `results.json` and `table.md`: the
+accuracy over the clips of all folds.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+from transformers_cat.training import (
+    AudioCollator,
+    align_labels,
+    decode_audio,
+    is_multi_label,
+    load_audio_dataset,
+    split_folds,
+    without_only_split,
+)
+from transformers_cat.training.protocol import markdown_table, per_cent
+from transformers_cat.training.report import write_json
+
+
+def collate(examples: list[dict], collator: AudioCollator, decibels: list[float]) -> list[dict]:
+    """A batch of the same clips for each volume."""
+    gains = [10 ** (value / 20) for value in decibels]
+    return [collator([{**example, "audio": gain * example["audio"]} for example in examples]) for gain in gains]
+
+
+@torch.no_grad()
+def hits(folder: Path, clips: Dataset, decibels: list[float]) -> np.ndarray:
+    """Which clips (n) the model in `folder` names at each volume: (n, len(decibels))."""
+    model = AutoModelForAudioClassification.from_pretrained(folder).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    decoded = decode_audio(align_labels(clips, names), extractor.sampling_rate)
+    collator = AudioCollator(extractor, training=False, num_labels=len(names))
+    batches = DataLoader(decoded, batch_size=16, collate_fn=partial(collate, collator=collator, decibels=decibels))
+    named = [
+        torch.stack([model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches_of_clips], dim=1)
+        for batches_of_clips in batches
+    ]
+    return torch.cat(named).numpy()
+
+
+def measure(runs: Path, dataset: Dataset, decibels: list[float]) -> dict[str, float]:
+    """decibels -> accuracy over the tested folds of a cross-validation.
+
+    Raises:
+        FileNotFoundError: `runs` holds no finished fold.
+        ValueError: clips have several labels.
+    """
+    if is_multi_label(dataset):
+        raise ValueError("The clips have several labels; the accuracy is that of clips with one")
+    finished = sorted(runs.glob("seed*/fold*/results.json"))
+    if not finished:
+        raise FileNotFoundError(f"{runs} holds no finished run of cross_validate.py, such as seed0/fold1/results.json")
+    found = []
+    for path in finished:
+        folds = json.loads(path.read_text())["arguments"]["data"]["test_folds"]
+        found.append(hits(path.parent, split_folds(dataset, folds)["test"], decibels))
+    return {
+        f"{value:+g}" if value else "0": share for value, share in zip(decibels, np.concatenate(found).mean(0).tolist())
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """run -> decibels -> accuracy, as a table."""
+    columns = list(next(iter(results.values())))
+    rows = [[name, *(per_cent(own[column], None) for column in columns)] for name, own in results.items()]
+    return markdown_table(["", *(f"{column} dB" for column in columns)], rows)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run the script.
+
+    Returns:
+        The content of `results.json`: run -> decibels -> accuracy.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder or CSV file of the clips, in folds")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of cross_validate.py")
+    parser.add_argument("--decibels", type=float, nargs="+", default=[-20, -10, 0, 10])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    dataset = without_only_split(load_audio_dataset(args.data))
+    results = {runs.name: measure(runs, dataset, args.decibels) for runs in args.runs}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "results.json", results)
+    (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")
+    print(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
