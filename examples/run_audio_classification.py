@@ -181,7 +181,7 @@ class DataArguments:
     mixup_probability: float = field(default=0.5, metadata={"help": "Share of clips mixed with another; 0: no mixup."})
     mixup_alpha: float = field(default=1.0, metadata={"help": "Mixing shares come from Beta(alpha, alpha)."})
     time_roll: float = field(default=1.0, metadata={"help": "Largest cyclic shift, as a share of the clip; 0: none."})
-    gain_db: float = field(default=6.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
+    gain_db: float = field(default=12.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
     speed: float = field(default=1.25, metadata={"help": "Largest factor of playing faster or slower; 1: none."})
     time_mask: int = field(default=48, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
     freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})

@@ -35,7 +35,8 @@ class AudioCollator:
         mixup_alpha: the share of a mixed clip is drawn from Beta(alpha, alpha); 1 is uniform, as in the paper's
             reference [29].
         time_roll: largest cyclic shift, as a share of the clip's length.
-        gain_db: largest gain, up or down, in dB.
+        gain_db: largest gain, up or down, in dB: recordings differ in volume, and a model that has not heard that takes
+            it for a property of the sound.
         time_mask: bound on the width of SpecAugment's time band, in frames (10 ms); at most half of a clip.
         freq_mask: bound on the width of SpecAugment's frequency band, in bins.
         speed: largest factor, up or down, by which a clip is played faster, higher with it; drawn log-uniformly. The
@@ -60,7 +61,7 @@ class AudioCollator:
     mixup_probability: float = 0.5
     mixup_alpha: float = 1.0
     time_roll: float = 1.0
-    gain_db: float = 6.0
+    gain_db: float = 12.0
     time_mask: int = 48
     freq_mask: int = 12
     speed: float = 1.25
