@@ -223,6 +223,8 @@ def test_linear_layers_are_matrix_products(bias):
         gradients = torch.autograd.grad(output, [tokens, *module.parameters()], gradient)
         results.append([output, *gradients])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # by another operation
+        torch.testing.assert_close(layer(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.bfloat16()(tokens.bfloat16()), plain.bfloat16()(tokens.bfloat16()))
 
 
@@ -257,6 +259,16 @@ def test_shifted_windows_keep_what_is_apart_apart():
                 both_padding = query // f >= t and key // f >= t
                 same = near and (query // f < t) == (key // f < t)
                 assert (row[i, j] == 0) == (same or both_padding)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bias_is_what_fused_kernels_take(masked):
+    """Of unit stride, or a GPU falls back to products that are kept; and no copy for each clip."""
+    attention = CATAttention(small_config(), stage=0)
+    mask = torch.zeros(1, 6, 64, 64) if masked else None
+    bias = attention.bias(mask, 6, 8)
+    assert bias.shape == (1, 6 * attention.num_heads, 64, 64) and bias.stride(-1) == 1
+    torch.testing.assert_close(bias[0, attention.num_heads :], bias[0, : -attention.num_heads])
 
 
 def model_with(**overrides) -> CATForAudioClassification:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_cat import CATConfig, CATModel, MRMFSpectrogram
+from transformers_cat import CATConfig, CATForAudioClassification, CATModel, MRMFSpectrogram
 
 FRAMES = 1000  # 10 s
 
@@ -55,10 +56,10 @@ def test_kernels_and_memory_of_a_forward(tiny, batch_size):
     features = torch.randn(batch_size, FRAMES, 384)
     with KernelCounter() as counter:
         tiny(features)
-    # 400 kernels (614 for four clips) and 353 MB a clip when this was written, not all at once. Where the tokens of the
+    # 423 kernels (637 for four clips) and 362 MB a clip when this was written, not all at once. Where the tokens of the
     # batch are too many for the caches, in the first stage and its patches, each clip has its own.
-    assert counter.kernels <= (410 if batch_size == 1 else 630)
-    assert counter.allocated / batch_size <= 360e6
+    assert counter.kernels <= (430 if batch_size == 1 else 650)
+    assert counter.allocated / batch_size <= 370e6
 
 
 @torch.no_grad()
@@ -72,6 +73,36 @@ def test_peak_memory_of_a_forward(tiny):
     before = sum(tensor.nbytes for tensor in (*tiny.parameters(), *tiny.buffers(), features))
     # Some 14 token maps of the first stage, of 6.1 MB each: 86 MB when this was written.
     assert peak["Total"] - before <= 90e6
+
+
+class CopyCounter(TorchDispatchMode):
+    """Counts what moves between devices or looks at a value: for each, a GPU has to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        output = function(*arguments, **(keywords or {}))
+        tensors = [item for item in tree_iter((arguments, keywords, output)) if isinstance(item, torch.Tensor)]
+        copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        if copies and len({tensor.device.type for tensor in tensors}) > 1:
+            self.waits.append((function, tuple(tensors[0].shape)))
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.waits.append((function, tuple(tensors[0].shape)))
+        return output
+
+
+def test_training_does_not_keep_a_gpu_waiting():
+    """By tensors without values, which say that they are on a GPU: a step makes all that it needs there."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            config = CATConfig(problem_type="single_label_classification", reconstruction_loss_weight=1.0)
+            model = CATForAudioClassification(config).train()
+            features, labels = torch.randn(4, FRAMES, 384), torch.zeros(4, dtype=torch.long)
+        with CopyCounter() as counter:
+            model(features, labels=labels)
+    assert counter.waits == []
 
 
 @torch.no_grad()

@@ -1,22 +1,34 @@
 """Linear maps of tokens, by the faster of two ways to compute them."""
 
+from math import prod
+
 import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(..., C) and (D, C) -> (..., D).
 
-    For inference on a CPU in float32 as the 1x1 convolution that it is: PyTorch computes that by oneDNN and a matrix
-    product by MKL, which takes up to twice the time on some processors that are not Intel's, and the same on others. In
-    training the convolution's gradients cost more than that saves.
+    For inference on a CPU in float32 by oneDNN, in the operation that `torch.compile` takes for it, and otherwise as
+    PyTorch does: there by MKL, which takes up to twice the time on some processors that are not Intel's, and the same
+    on others. That operation has no gradient and knows no other precision.
     """
     differentiated = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
-    if differentiated or tokens.device.type != "cpu" or tokens.dtype != torch.float32 or torch.compiler.is_exporting():
+    float32 = tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if differentiated or not ONEDNN or tokens.device.type != "cpu" or not float32 or torch.compiler.is_compiling():
         return nn.functional.linear(tokens, weight, bias)
-    pixels = tokens.reshape(1, -1, 1, tokens.shape[-1]).permute(0, 3, 1, 2)  # channels last, so that nothing is copied
-    output = nn.functional.conv2d(pixels, weight[:, :, None, None], bias)
-    return output.permute(0, 2, 3, 1).reshape(*tokens.shape[:-1], -1)
+    return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+
+
+if ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def operations(tokens: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
+        """Of one call, from the shapes: PyTorch counts those of its own linear maps alone."""
+        return 2 * prod(tokens) * weight[0]
 
 
 class CATLinear(nn.Linear):

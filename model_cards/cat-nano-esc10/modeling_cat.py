@@ -117,7 +117,7 @@ def window_partition(tokens: torch.Tensor, window: tuple[int, int]) -> torch.Ten
 def window_reverse(windows: torch.Tensor, window: tuple[int, int], t: int, f: int) -> torch.Tensor:
     """(B, windows, tokens of a window, C) -> (B, t, f, C), the inverse of `window_partition`."""
     b, _, _, c = windows.shape
-    windows = windows.view(b, t // window[0], f // window[1], window[0], window[1], c)
+    windows = windows.unflatten(2, window).unflatten(1, (t // window[0], f // window[1]))
     return windows.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(b, t, f, c)
 
 
@@ -300,7 +300,9 @@ class CATPositionEmbedding(nn.Module):
 
         g is linear, so it takes sin(t) and onehot(k) apart and never sees K * t rows.
         """
-        inputs = torch.block_diag(self.sinusoids(t), torch.eye(self.num_resolutions).to(self.gate))
+        # Made where it is used: a copy from the CPU would keep a GPU waiting.
+        onehot = torch.eye(self.num_resolutions, dtype=self.gate.dtype, device=self.gate.device)
+        inputs = torch.block_diag(self.sinusoids(t), onehot)
         time, resolutions = self.projection(inputs).split([t, self.num_resolutions])
         resolutions = resolutions - self.projection(torch.zeros_like(inputs[:1]))  # its bias counts once, with the time
         grid = time[:, None] + self.sinusoids(f)
@@ -459,12 +461,18 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot products of (B, H, N, D) queries, keys and values -> (B, N, H, D) and the weights (B, H, N, N)."""
+    """Scaled dot products of queries, keys and values (B, windows * heads, N, D).
+
+    Returns:
+        (B, N, windows * heads, D), and the weights (B * windows, heads, N, N).
+    """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    output = nn.functional.dropout(weights, p=dropout, training=module.training) @ value
+    # In this shape on their way, so that the gradient of what is returned can be asked for.
+    weights = weights.unflatten(1, (-1, module.num_heads)).flatten(0, 1)
+    output = nn.functional.dropout(weights, p=dropout, training=module.training).view(scores.shape) @ value
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -480,7 +488,8 @@ class CATRelativePositionBias(nn.Module):
     def forward(self, t: int) -> torch.Tensor:
         """For the first `t` time steps of a window -> (heads, tokens, tokens)."""
         index = self.index.view(self.window * 2)[:t, :, :t]
-        return self.table[index].flatten(2, 3).flatten(0, 1).permute(2, 0, 1)
+        # Contiguous, or its sum with a mask would not be.
+        return self.table[index].flatten(2, 3).flatten(0, 1).permute(2, 0, 1).contiguous()
 
 
 class CATAttention(nn.Module):
@@ -522,40 +531,41 @@ class CATAttention(nn.Module):
         Returns:
             (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
         """
-        _, b, t, f, _ = streams.shape
+        t, f = streams.shape[2:4]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        query, key, value = self.heads(streams, window)
+        # To the kernel, the windows are further heads: so the clips share a bias that is as large as one of them.
+        query, key, value = self.heads(streams, window).flatten(2, 3)
         output, weights = attention(
             self,
             query,
             key,
             value,
-            self.bias(mask, b, window[0]),
+            self.bias(mask, query.shape[1] // self.num_heads, window[0]),
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
-        )  # (B * windows, N, heads, D)
-        output = self.output(output.flatten(2)).unflatten(0, (b, -1))
-        return window_reverse(output, window, t, f), weights
+        )  # (B, N, windows * heads, D)
+        output = output.unflatten(2, (-1, self.num_heads)).flatten(3).transpose(1, 2)
+        return self.output(window_reverse(output, window, t, f)), weights
 
     def heads(self, streams: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-        """Queries, keys and values of all filters: (3, B * windows, heads, N, D)."""
+        """Queries, keys and values of all filters: (3, B, windows, heads, N, D)."""
         qkv = []
         for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
-            tokens = window_partition(stream, window).flatten(0, 1)
-            qkv.append(project(tokens).unflatten(2, (3, -1, self.head_dim)))
-        return torch.cat(qkv, dim=3).permute(2, 0, 3, 1, 4)
+            projected = project(window_partition(stream, window)).unflatten(3, (3, -1, self.head_dim))
+            qkv.append(projected.permute(3, 0, 1, 4, 2, 5))
+        return torch.cat(qkv, dim=3)
 
-    def bias(self, mask: torch.Tensor | None, batch_size: int, t: int) -> torch.Tensor | None:
-        """Position bias and mask as one tensor, (B * windows or 1, heads or 1, N, N)."""
+    def bias(self, mask: torch.Tensor | None, windows: int, t: int) -> torch.Tensor | None:
+        """Position bias and mask as one tensor, (B or 1, windows * heads, N, N)."""
         if mask is not None:
-            mask = mask[:, :, None].expand(batch_size, -1, -1, -1, -1)  # (B, windows, 1, N, N)
+            mask = mask[:, :, None].expand(-1, -1, self.num_heads, -1, -1)  # (B or 1, windows, heads, N, N)
         if self.position_bias is None:
-            return None if mask is None else mask.flatten(0, 1)
+            return None if mask is None else mask.flatten(1, 2)
         bias = self.position_bias(t)
-        return bias[None] if mask is None else (bias + mask).flatten(0, 1)
+        return (bias.expand(1, windows, -1, -1, -1) if mask is None else bias + mask).flatten(1, 2)
 
 
 class CATMLP(nn.Sequential):
