@@ -11,11 +11,12 @@ flags are those of `cross_validate.py`, which resumes what was interrupted. The 
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import cross_validate
 from peers import PEERS, write_peer
-from transformers import AutoModelForAudioClassification
+from transformers import AutoConfig, AutoModelForAudioClassification
 
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import plot_means, write_json
@@ -28,6 +29,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     )
     parser.add_argument("--models", nargs="+", choices=["cat", *PEERS], default=["cat", *PEERS])
     parser.add_argument("--config_name", required=True, help="folder or id with the config.json of the CAT")
+    parser.add_argument("--config_overrides", default="{}", help="JSON that replaces values of it")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--folds", type=int, nargs="+", required=True, help="the first one chooses the learning rate")
     parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
@@ -42,9 +44,11 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     """Choose the learning rate on the first fold, then train on the others."""
     own = ["--max_length_seconds", str(args.max_length_seconds)]
     if model == "cat":
-        own += ["--config_name", args.config_name]
+        own += ["--config_name", args.config_name, "--config_overrides", args.config_overrides]
     else:
-        own += ["--config_name", str(write_peer(model, args.max_length_seconds, args.output_dir / "peers" / model))]
+        normalize = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides)).normalize_volume
+        peer = write_peer(model, args.max_length_seconds, args.output_dir / "peers" / model, normalize)
+        own += ["--config_name", str(peer)]
     first, *others = args.folds
 
     def cross_validated(rate: float, folds: list[int]) -> tuple[Path, dict]:

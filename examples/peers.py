@@ -163,13 +163,14 @@ AutoConfig.register("cat-peer", PeerConfig)
 AutoModelForAudioClassification.register(PeerConfig, PeerForAudioClassification)
 
 
-def write_peer(kind: str, seconds: float, folder: str | Path) -> Path:
+def write_peer(kind: str, seconds: float, folder: str | Path, normalize_volume: bool = False) -> Path:
     """Writes what `--config_name` needs to train a peer from scratch: its configuration and feature extractor.
 
     Args:
         kind: One of `PEERS`.
         seconds: Length of the training crops.
         folder: To write to.
+        normalize_volume: The feature extractor's.
 
     Returns:
         The folder.
@@ -179,7 +180,8 @@ def write_peer(kind: str, seconds: float, folder: str | Path) -> Path:
     """
     if kind not in PEERS:
         raise ValueError(f"There is no peer {kind!r}, only {', '.join(PEERS)}")
-    extractor = CATFeatureExtractor(filters=["mel"], window_lengths=[800], hop_lengths=[320], num_bins=BINS)
+    arguments = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320], "num_bins": BINS}
+    extractor = CATFeatureExtractor(**arguments, normalize_volume=normalize_volume)
     num_frames = round(seconds * extractor.sampling_rate / extractor.frame_shift)
     PeerConfig(kind=kind, num_frames=num_frames).save_pretrained(folder)
     extractor.save_pretrained(folder)

@@ -181,7 +181,13 @@ class DataArguments:
     mixup_probability: float = field(default=0.5, metadata={"help": "Share of clips mixed with another; 0: no mixup."})
     mixup_alpha: float = field(default=1.0, metadata={"help": "Mixing shares come from Beta(alpha, alpha)."})
     time_roll: float = field(default=1.0, metadata={"help": "Largest cyclic shift, as a share of the clip; 0: none."})
-    gain_db: float = field(default=12.0, metadata={"help": "Largest random gain, up or down, in dB; 0: none."})
+    gain_db: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest random gain, up or down, in dB; 0: none. Default: 12, or none where the feature extractor "
+            "normalises the volume."
+        },
+    )
     speed: float = field(default=1.25, metadata={"help": "Largest factor of playing faster or slower; 1: none."})
     time_mask: int = field(default=48, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
     freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})
@@ -601,6 +607,9 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
 
 def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:
     """The collator with the augmentations of the command line."""
+    gain_db = data_args.gain_db
+    if gain_db is None:
+        gain_db = 0.0 if getattr(feature_extractor, "normalize_volume", False) else 12.0
     return AudioCollator(
         feature_extractor,
         training=training,
@@ -608,7 +617,7 @@ def build_collator(data_args: DataArguments, feature_extractor, num_labels: int,
         mixup_probability=data_args.mixup_probability,
         mixup_alpha=data_args.mixup_alpha,
         time_roll=data_args.time_roll,
-        gain_db=data_args.gain_db,
+        gain_db=gain_db,
         speed=data_args.speed,
         # Without spectrograms there is nothing to mask yet.
         time_mask=0 if data_args.features_on_device else data_args.time_mask,

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor, DataCollatorWithPadding
 
-from transformers_cat import CATFeatureExtractor
+from transformers_cat import CATFeatureExtractor, CATForAudioClassification
+
+from .conftest import small_config
 
 RATE = 32_000
 
@@ -148,6 +150,20 @@ def test_feat_extract_from_and_save_pretrained(tmp_path):
     with_mrmf = CATFeatureExtractor.from_pretrained(tmp_path, do_mrmf=True)
     assert with_mrmf.feature_size == 96
     assert with_mrmf(np.zeros(3_200), sampling_rate=RATE)["input_values"].shape == (1, 10, 96)
+
+
+def test_normalized_volume_is_the_models_too(clips):
+    torch.manual_seed(0)
+    model = CATForAudioClassification(small_config(normalize_volume=True)).eval()
+    outputs = []
+    for do_mrmf in (True, False):
+        extractor = CATFeatureExtractor(normalize_volume=True, do_mrmf=do_mrmf)
+        for gain in (1.0, 0.01):
+            batch = extractor([gain * clip for clip in clips], sampling_rate=RATE, return_tensors="pt")
+            with torch.no_grad():
+                outputs.append(model(**batch).logits)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

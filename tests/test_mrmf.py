@@ -142,3 +142,34 @@ def test_arguments_that_contradict_are_refused():
 
 def test_constants_are_not_saved():
     assert MRMFSpectrogram().state_dict() == {}
+
+
+def test_normalized_volume_is_the_same_for_every_volume(real_clips):
+    clip = torch.from_numpy(real_clips[0])[None, :100_001]
+    front_end = MRMFSpectrogram(normalize_volume=True)
+    expected, _ = front_end(clip)
+    for gain in (1e-3, 0.1, 30.0):
+        torch.testing.assert_close(front_end(gain * clip)[0], expected, atol=1e-3, rtol=1e-4)
+    scaled = clip * 0.1 / clip.square().mean().sqrt()
+    torch.testing.assert_close(MRMFSpectrogram()(scaled)[0], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_normalized_volume_is_that_of_a_clips_own_samples():
+    front_end = MRMFSpectrogram(normalize_volume=True)
+    clips = [torch.randn(length) * volume for length, volume in ((50_000, 0.3), (20_001, 0.001), (320, 0.05))]
+    padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=7.0)
+    mask = torch.arange(50_000) < torch.tensor([[len(clip)] for clip in clips])
+    features, frames = front_end(padded, mask)
+    for clip, own, valid in zip(clips, features, frames):
+        torch.testing.assert_close(own[valid], front_end(clip[None])[0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_silence_is_not_made_louder():
+    front_end = MRMFSpectrogram(normalize_volume=True)
+    silence, _ = front_end(torch.zeros(1, 3_200))
+    assert (silence == torch.tensor(1e-5).log()).all()
+    masked, _ = front_end(torch.zeros(1, 3_200), torch.zeros(1, 3_200))
+    assert masked.isfinite().all()
+    # A tenth of the smallest step of 16 bits: no recording, but what resampling leaves of silence.
+    faint, _ = front_end(torch.full((1, 3_200), 3e-6).cumsum(1).sin() * 3e-6)
+    assert faint.isfinite().all() and faint.max() < front_end(0.1 * torch.randn(1, 3_200))[0].max()

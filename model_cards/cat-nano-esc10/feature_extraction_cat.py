@@ -13,6 +13,7 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
+    NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
@@ -42,6 +43,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         num_bins (`int`, defaults to 64): F, filters of each bank.
         f_min, f_max (`float`, default to 50 and 14000): Their lowest and highest frequency, in Hz.
         log_offset (`float`, defaults to 1e-5): Power added before the logarithm.
+        normalize_volume (`bool`, defaults to `False`): Scale each clip to a root mean square of 0.1 first, so that how
+            loud it is makes no difference.
         do_mrmf (`bool`, defaults to `True`): `False` returns padded waveforms, and the model computes the same
             spectrograms on its own device.
         padding_value (`float`, defaults to 0): Value of masked frames and samples; the model never looks at it.
@@ -66,6 +69,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         f_min: float = F_MIN,
         f_max: float = F_MAX,
         log_offset: float = LOG_OFFSET,
+        normalize_volume: bool = NORMALIZE_VOLUME,
         do_mrmf: bool = True,
         padding_value: float = 0.0,
         return_attention_mask: bool = True,
@@ -73,7 +77,16 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     ):
         # Before anything is derived from the arguments, since it validates them.
         mrmf = MRMFSpectrogram(
-            sampling_rate, window_lengths, hop_lengths, frame_shift, filters, num_bins, f_min, f_max, log_offset
+            sampling_rate=sampling_rate,
+            window_lengths=window_lengths,
+            hop_lengths=hop_lengths,
+            frame_shift=frame_shift,
+            filters=filters,
+            num_bins=num_bins,
+            f_min=f_min,
+            f_max=f_max,
+            log_offset=log_offset,
+            normalize_volume=normalize_volume,
         )
         validate_numbers(-1e37, 1e37, padding_value=padding_value)
         kwargs["feature_size"] = len(filters) * len(window_lengths) * num_bins if do_mrmf else 1
@@ -86,6 +99,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         self.f_min = f_min
         self.f_max = f_max
         self.log_offset = log_offset
+        self.normalize_volume = normalize_volume
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
         self._mrmf = mrmf

@@ -20,6 +20,7 @@ NUM_BINS = 64
 F_MIN = 50.0  # Hz
 F_MAX = 14_000.0  # Hz
 LOG_OFFSET = 1e-5  # power added before the logarithm: silence is log(1e-5)
+NORMALIZE_VOLUME = False
 
 MAX_SIZE = 10_000  # of any width, depth or number of filters: a slip is refused before it is out of memory
 MAX_WINDOW_SIZE = 64  # attention is among its square, 4096 tokens
@@ -36,6 +37,7 @@ MRMF_ARGUMENTS = (
     "f_min",
     "f_max",
     "log_offset",
+    "normalize_volume",
 )
 
 
@@ -74,6 +76,7 @@ def validate_mrmf(
     f_min: float,
     f_max: float,
     log_offset: float,
+    normalize_volume: bool,
 ) -> None:
     """Raises ValueError, with the values named, where the arguments are impossible or contradict each other."""
     for name, value in (("window_lengths", window_lengths), ("hop_lengths", hop_lengths), ("filters", filters)):
@@ -93,6 +96,8 @@ def validate_mrmf(
     validate_integers(1, sampling_rate, window_lengths=window_lengths, hop_lengths=hop_lengths, frame_shift=frame_shift)
     validate_numbers(0, math.inf, f_min=f_min, f_max=f_max)
     validate_numbers(1e-37, 1e37, log_offset=log_offset)  # what float32 can hold
+    if not isinstance(normalize_volume, bool):
+        raise ValueError(f"`normalize_volume` must be True or False, not {normalize_volume!r}.")
     for window, hop in zip(window_lengths, hop_lengths):
         if hop > window:
             raise ValueError(f"A hop of {hop} samples skips audio between windows of {window}; it must not be longer.")
@@ -127,6 +132,8 @@ class CATConfig(PreTrainedConfig):
         f_min (`float`, defaults to 50): Lowest frequency of the filter banks, in Hz.
         f_max (`float`, defaults to 14000): Highest frequency of the filter banks, in Hz.
         log_offset (`float`, defaults to 1e-5): Power added before the logarithm.
+        normalize_volume (`bool`, defaults to `False`): Scale each clip to a root mean square of 0.1 first, so that how
+            loud it is makes no difference.
 
     Patches and position (Sec. III-A, eq. 3):
 
@@ -197,6 +204,7 @@ class CATConfig(PreTrainedConfig):
     f_min: float | int = F_MIN
     f_max: float | int = F_MAX
     log_offset: float = LOG_OFFSET
+    normalize_volume: bool = NORMALIZE_VOLUME
 
     patch_size: list[int] | tuple[int, ...] = (4, 4)
     embed_dim: int = 96

@@ -16,6 +16,7 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
+    NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
@@ -27,6 +28,8 @@ from .configuration_cat import (
 CPU_SLICE = 2**9
 SLICE = 2**16
 CPU_BAND = 16  # filters whose product with the spectrum is computed at once, over no more frequencies than they span
+VOLUME = 0.1  # root mean square of a clip with `normalize_volume`, of full scale: -20 dB
+SILENCE = 1e-5  # root mean square below which a clip is not scaled further: a third of a step of 16 bits
 MIN_FFT_LENGTH = 1024  # samples: with fewer, the lowest mel filters hold no frequency of the transform
 
 
@@ -54,6 +57,14 @@ def span(used: np.ndarray) -> slice:
     """(D,) bool -> the slice from the first to the last that is true."""
     at = np.flatnonzero(used).tolist()
     return slice(at[0], at[-1] + 1) if at else slice(0)
+
+
+def at_volume(waveform: torch.Tensor, sample_mask: torch.Tensor | None) -> torch.Tensor:
+    """Scales (B, N), zero where the mask (B, N) is, to a root mean square of `VOLUME` over each clip's own samples."""
+    power = waveform.square().mean(-1, keepdim=True)
+    if sample_mask is not None:
+        power = power / sample_mask.float().mean(-1, keepdim=True).clamp(min=1e-9)
+    return waveform * (VOLUME / power.sqrt().clamp(min=SILENCE))
 
 
 def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_frames: int) -> torch.Tensor:
@@ -103,6 +114,8 @@ class MRMFSpectrogram(nn.Module):
         filters: The G filter banks, of "mel" and "linear".
         num_bins: F, filters of each bank, between `f_min` and `f_max` in Hz.
         log_offset: Power added before the logarithm.
+        normalize_volume: Whether each clip is scaled to a root mean square of 0.1 first, so that how loud it is makes
+            no difference.
 
     Raises:
         ValueError: The arguments contradict each other.
@@ -119,15 +132,25 @@ class MRMFSpectrogram(nn.Module):
         f_min: float = F_MIN,
         f_max: float = F_MAX,
         log_offset: float = LOG_OFFSET,
+        normalize_volume: bool = NORMALIZE_VOLUME,
     ):
         super().__init__()
         validate_mrmf(
-            sampling_rate, window_lengths, hop_lengths, frame_shift, filters, num_bins, f_min, f_max, log_offset
+            sampling_rate=sampling_rate,
+            window_lengths=window_lengths,
+            hop_lengths=hop_lengths,
+            frame_shift=frame_shift,
+            filters=filters,
+            num_bins=num_bins,
+            f_min=f_min,
+            f_max=f_max,
+            log_offset=log_offset,
+            normalize_volume=normalize_volume,
         )
         self.sampling_rate = sampling_rate
         self.window_lengths, self.hop_lengths, self.frame_shift = tuple(window_lengths), tuple(hop_lengths), frame_shift
         self.filters, self.num_bins, self.f_min, self.f_max = tuple(filters), num_bins, f_min, f_max
-        self.log_offset = log_offset
+        self.log_offset, self.normalize_volume = log_offset, normalize_volume
         constants = self.constants()
         for name, constant in constants.items():
             self.register_buffer(name, torch.from_numpy(constant), persistent=False)
@@ -238,9 +261,12 @@ class MRMFSpectrogram(nn.Module):
             padded = nn.functional.pad(sample_mask, (0, -sample_mask.shape[-1] % self.frame_shift))
             frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
         with maybe_autocast(waveform.device.type, enabled=False):
+            waveform = waveform.float()
+            if self.normalize_volume:
+                waveform = at_volume(waveform, sample_mask)
             # A graph that is being traced must not depend on how many slices there are.
             if torch.compiler.is_compiling():
-                features = self.log_power(waveform.float(), self.num_frames(waveform.shape[-1]))
+                features = self.log_power(waveform, self.num_frames(waveform.shape[-1]))
             else:
-                features = self.sliced_log_power(waveform.float())
+                features = self.sliced_log_power(waveform)
         return features, frame_mask
