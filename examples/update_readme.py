@@ -75,6 +75,13 @@ def benchmark(results: dict) -> str:
     return "\n".join(benchmark.table(results)) + "\n"
 
 
+def benchmark_gpu(results: dict) -> str:
+    """The table of benchmark_gpu.py."""
+    import benchmark_gpu
+
+    return benchmark_gpu.table(results)
+
+
 def cost(results: dict) -> str:
     """The table of causal_cost.py."""
     import causal_cost
@@ -101,6 +108,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "causal": ("causal/results.json", None, experiment),
     "cost": ("cost/results.json", None, cost),
     "benchmark": ("benchmark/results.json", None, benchmark),
+    "benchmark_gpu": ("benchmark_gpu/results.json", None, benchmark_gpu),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, SwinConfig, SwinModel
 
-from transformers_cat import CATConfig, CATForAudioClassification, load_audio
+from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, load_audio
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_audio_classification.py"
 TONES = {"low": 300, "middle": 1200, "high": 4800}  # Hz
@@ -676,3 +676,10 @@ def test_a_new_head_may_lack_a_bias(script):
     body, head = model.body[0].weight.clone(), model.head.weight.clone()
     script.renew_head(model)
     assert torch.equal(model.body[0].weight, body) and not torch.equal(model.head.weight, head)
+
+
+@pytest.mark.parametrize(("given", "normalize", "gain_db"), [(None, False, 12), (None, True, 0), (3.0, True, 3)])
+def test_gain_is_for_front_ends_that_know_the_volume(script, given, normalize, gain_db):
+    arguments = script.DataArguments(data="clips", gain_db=given)
+    extractor = CATFeatureExtractor(normalize_volume=normalize)
+    assert script.build_collator(arguments, extractor, 10, training=True).gain_db == gain_db

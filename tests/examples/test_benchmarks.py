@@ -1,0 +1,44 @@
+"""The benchmark of a GPU, tried on the CPU."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("benchmark_gpu")
+
+
+def test_rows_and_ratios(script, tmp_path):
+    command = [
+        "--device",
+        "cpu",
+        "--models",
+        "CAT",
+        "HTS-AT",
+        "--rows",
+        "inference, bf16 autocast",
+        "training, float32",
+    ]
+    sizes = ["--inference_batch", "1", "--training_batch", "2", "--repeats", "1", "--output_dir", str(tmp_path)]
+    results = script.main([*command, *sizes])
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert set(results["rows"]) == {"front end, float32", "inference, bf16 autocast", "training, float32"}
+    row = results["rows"]["training, float32"]
+    rate = results["environment"]["product_flops_per_second"]
+    for name, cell in row.items():
+        assert cell["mfu"] == pytest.approx(3 * results["flops"][name] * cell["clips_per_second"] / rate)
+    assert 11e9 < results["flops"]["CAT"] < 12.1e9
+    ratio = row["CAT"]["clips_per_second"] / row["HTS-AT"]["clips_per_second"]
+    assert f"({ratio:.2f})" in (tmp_path / "table.md").read_text()
+
+
+def test_what_does_not_fit_is_named(script):
+    results = {"rows": {"training": {"HTS-AT": {"error": "out of memory"}, "CAT": {"clips_per_second": 12.3}}}}
+    assert "| training | out of memory | 12 |" in script.table(results)
