@@ -86,6 +86,13 @@ def test_the_text_has_the_numbers_of_the_run(model):
     assert f"{model.num_parameters() / 1e6:.1f} million parameters" in text
 
 
+def test_a_normalised_volume_is_said(model):
+    normalised = CATForAudioClassification(small_config(normalize_volume=True))
+    said = "How loud a recording is makes no difference"
+    assert said in words(model_card(normalised, "someone/cat", [run()], "esc10"))
+    assert said not in words(model_card(model, "someone/cat", [run()], "esc10"))
+
+
 def test_nothing_of_the_machine_is_told(model):
     text = str(model_card(model, "someone/cat-esc10", [run()]))
     assert "jane" not in text

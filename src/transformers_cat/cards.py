@@ -253,6 +253,7 @@ def model_card(
         labels=[model.config.id2label[i] for i in range(model.config.num_labels)],
         multi_label=model.config.problem_type == "multi_label_classification",
         sampling_rate=model.config.sampling_rate,
+        normalize_volume=model.config.normalize_volume,
         facts=dataset,
         dataset_name=dataset_name,
         own=own,
