@@ -443,16 +443,24 @@ def renew_head(model: PreTrainedModel) -> None:
 
 
 def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):
-    """The named feature extractor, the checkpoint's, or one made from a CAT configuration."""
+    """The named feature extractor, the checkpoint's, or one made from a CAT configuration, with which it agrees."""
     name = model_args.feature_extractor_name or model_args.model_name_or_path
+    settings = {argument: getattr(config, argument, None) for argument in MRMF_ARGUMENTS}
+    settings = {argument: list(value) if isinstance(value, tuple) else value for argument, value in settings.items()}
     if name is None and isinstance(config, CATConfig):
-        arguments = {argument: getattr(config, argument) for argument in MRMF_ARGUMENTS}
-        return CATFeatureExtractor(**arguments, return_attention_mask=model_args.attention_mask)
-    return AutoFeatureExtractor.from_pretrained(
+        return CATFeatureExtractor(**settings, return_attention_mask=model_args.attention_mask)
+    extractor = AutoFeatureExtractor.from_pretrained(
         name or model_args.config_name,
         return_attention_mask=model_args.attention_mask,
         **_hub_arguments(model_args),
     )
+    if not (isinstance(config, CATConfig) and isinstance(extractor, CATFeatureExtractor)):
+        return extractor
+    own = extractor.to_dict()
+    differing = {key: (own[key], value) for key, value in settings.items() if own[key] != value}
+    if differing and model_args.feature_extractor_name:
+        raise ValueError(f"--feature_extractor_name differs from the model in (its value, the model's): {differing}")
+    return CATFeatureExtractor.from_dict({**own, **settings})  # --config_overrides is for both
 
 
 def _hub_arguments(model_args: ModelArguments) -> dict:

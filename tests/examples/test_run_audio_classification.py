@@ -683,3 +683,12 @@ def test_gain_is_for_front_ends_that_know_the_volume(script, given, normalize, g
     arguments = script.DataArguments(data="clips", gain_db=given)
     extractor = CATFeatureExtractor(normalize_volume=normalize)
     assert script.build_collator(arguments, extractor, 10, training=True).gain_db == gain_db
+
+
+def test_overrides_are_for_the_feature_extractor_too(script, run, folder, tmp_path):
+    overrides = ("--config_overrides", '{"normalize_volume": true}')
+    tuned = ("--do_train", "--max_steps", "1", "--model_name_or_path", str(run[0]), *overrides)
+    script.main(arguments(folder, tmp_path, *tuned))
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).normalize_volume
+    with pytest.raises(ValueError, match=r"'normalize_volume': \(False, True\)"):
+        script.main(arguments(folder, tmp_path / "other", *tuned, "--feature_extractor_name", str(run[0])))
