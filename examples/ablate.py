@@ -12,8 +12,8 @@ r"""The ablations of the paper's Table II and of the model's parts, each row a c
 
 `--config_overrides` holds for every row, and the row's own overrides come on top. All other flags are those of
 `cross_validate.py`, which resumes what was interrupted. The output folder gets a folder for each cell, and the result
-as `table.md`, `table.csv` and `table.png`: mean accuracy (AudioSet: mAP) with the standard deviation between seeds or,
-with one seed, between folds.
+as `table.md`, `table.csv`, `results.json` and `table.png`: mean accuracy (AudioSet: mAP) with the standard deviation
+between seeds or, with one seed, between folds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 import transformers_cat  # noqa: F401  registers the configuration with transformers
 from transformers_cat.training.protocol import markdown_table, per_cent
-from transformers_cat.training.report import plot_means, write_rows
+from transformers_cat.training.report import plot_means, write_json, write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
 ONE_SPECTROGRAM = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320]}  # 25 ms and 10 ms at 32 kHz
@@ -117,7 +117,7 @@ def measure_transfer(args: argparse.Namespace, flags: list[str]) -> dict[str, di
 
 
 def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
-    """Markdown, CSV and a picture of the results."""
+    """Markdown, CSV, JSON and a picture of the results."""
     summaries = [summary for own in results.values() for summary in own.values()]
     label = f"{summaries[0]['metric']}, %"
     notes = " ".join(dict.fromkeys(summary["note"] for summary in summaries))
@@ -133,6 +133,11 @@ def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
         for column, summary in own.items()
     ]
     write_rows(output_dir / "table.csv", ["row", "column", "mean", "deviation", "deviation_of"], rows)
+    kept = {
+        row: {c: {"mean": one["mean"], "deviation": one["deviation"]} for c, one in own.items()}
+        for row, own in results.items()
+    }
+    write_json(output_dir / "results.json", kept)
     means = {row: {c: (own[c]["mean"], own[c]["deviation"]) for c in columns} for row, own in results.items()}
     plot_means(means, output_dir / "table.png", label)
 

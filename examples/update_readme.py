@@ -61,6 +61,13 @@ def one_run(results: dict) -> str:
     return markdown_table(["training clips", "test clips", "epochs", "accuracy, %"], rows)
 
 
+def ablation(results: dict) -> str:
+    """The rows of a `results.json` of ablate.py."""
+    columns = list(next(iter(results.values())))
+    rows = [[row, *(per_cent(own[c]["mean"], own[c]["deviation"]) for c in columns)] for row, own in results.items()]
+    return markdown_table(["accuracy, %", *columns], rows)
+
+
 def volumes(results: dict) -> str:
     """The table of volume.py."""
     import volume
@@ -105,6 +112,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "volume": ("volume/results.json", None, volumes),
+    "ablation": ("table_e/results.json", None, ablation),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),
     "cost": ("cost/results.json", None, cost),

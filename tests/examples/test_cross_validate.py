@@ -201,6 +201,10 @@ def test_ablation_table(example, folder, tmp_path):
     results = example("ablate").main(flags(folder, tmp_path, "--table", "a", "--folds", "1", "--max_steps", "1"))
     assert list(results) == ["w/o CL", "w. CL"]
     rows = list(csv.DictReader((tmp_path / "table.csv").open(newline="")))
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert {(row["row"], row["column"]): float(row["mean"]) for row in rows} == {
+        (row, column): one["mean"] for row, own in kept.items() for column, one in own.items()
+    }
     assert [float(row["mean"]) for row in rows] == [own["CAT"]["mean"] for own in results.values()]
     assert (tmp_path / "table.md").read_text().startswith("|  | CAT |") and (tmp_path / "table.png").stat().st_size
     for name, weight in (("CAT_w_o_CL", 0), ("CAT_w_CL", 1)):
