@@ -228,6 +228,24 @@ def test_linear_layers_are_matrix_products(bias):
     torch.testing.assert_close(layer.bfloat16()(tokens.bfloat16()), plain.bfloat16()(tokens.bfloat16()))
 
 
+@torch.no_grad()
+def test_linear_layers_leave_other_weights_to_pytorch():
+    """Quantised weights are tensors that say themselves what `linear` does with them; autocast is for it, too."""
+
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), keywords=None):
+            output = super().__torch_function__(function, types, arguments, keywords)
+            return 2 * output if function is nn.functional.linear else output
+
+    tokens, layer = torch.randn(3, 16), CATLinear(16, 24, bias=False)
+    expected = layer(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(tokens).dtype == torch.bfloat16
+    layer.weight = nn.Parameter(layer.weight.as_subclass(Doubled), requires_grad=False)
+    torch.testing.assert_close(layer(tokens).as_subclass(torch.Tensor), 2 * expected)
+
+
 def test_what_is_added_to_swin_starts_as_the_identity():
     torch.manual_seed(0)
     full = CATModel(small_config(stem_channels=()))

@@ -14,11 +14,13 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
     For inference on a CPU in float32 by oneDNN, in the operation that `torch.compile` takes for it, and otherwise as
     PyTorch does: there by MKL, which takes up to twice the time on some processors that are not Intel's, and the same
-    on others. That operation has no gradient and knows no other precision.
+    on others. That operation has no gradient, and knows no other precision and no weights that stand for others, as
+    quantised ones do.
     """
     differentiated = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
     float32 = tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if differentiated or not ONEDNN or tokens.device.type != "cpu" or not float32 or torch.compiler.is_compiling():
+    plain = ONEDNN and tokens.device.type == "cpu" and float32 and type(weight) in (torch.Tensor, nn.Parameter)
+    if differentiated or not plain or torch.compiler.is_compiling():
         return nn.functional.linear(tokens, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
 
