@@ -15,6 +15,7 @@ from transformers_cat.modeling_cat import (
     CATPositionEmbedding,
     CATStage,
     attention_mask_of_windows,
+    slices,
     split_streams,
     window_partition,
     window_reverse,
@@ -277,6 +278,18 @@ def test_shifted_windows_keep_what_is_apart_apart():
                 both_padding = query // f >= t and key // f >= t
                 same = near and (query // f < t) == (key // f < t)
                 assert (row[i, j] == 0) == (same or both_padding)
+
+
+def test_a_gpu_is_never_given_more_heads_than_it_takes():
+    config, elsewhere = CATConfig(), torch.empty(0, device="meta")  # any device but the CPU
+    stage = CATStage(config, 0, [0.0, 0.0]).eval()
+    steps, bins, (length, width) = 4 * 3600 * 25, 16, stage.window  # four hours
+    with torch.no_grad():
+        parts = slices(stage, elsewhere, (1, steps, bins), length)
+        assert len(slices(stage, elsewhere, (64, 256, bins), length)) == 1
+    for _, part in parts:
+        assert (part.stop - part.start) * bins // (length * width) * config.num_heads[0] <= 65_535
+    assert parts[-1][1].stop >= steps
 
 
 @pytest.mark.parametrize("masked", [False, True])

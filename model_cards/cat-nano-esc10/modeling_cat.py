@@ -27,9 +27,11 @@ from .linear import CATLinear, linear
 from .mrmf import MRMFSpectrogram
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
-# Tokens that are computed at once in inference on a CPU: so few that what lies between the layers stays in the caches.
-# A clip of 10 s has as many in the first stage of the default size.
+# Tokens that are computed at once in inference. On a CPU so few that what lies between the layers stays in the caches:
+# a clip of 10 s has as many in the first stage of the default size. Elsewhere those of 64 such clips: a GPU's fused
+# attention takes no more than 65,535 heads, and every window has its own.
 CPU_SLICE = 2**12
+SLICE = 2**18
 
 
 @dataclass
@@ -190,15 +192,16 @@ def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
 def slices(module: nn.Module, like: torch.Tensor, size: tuple[int, int, int], steps: int) -> list[tuple[slice, slice]]:
     """The clips and the time steps that `module` computes at once, of (B, t, f) tokens on the device of `like`.
 
-    All of them, but in inference on a CPU some clips or, where one is long, a part of one, in multiples of `steps`.
+    All of them, but in inference some clips or, where one is long, a part of one, in multiples of `steps`.
     """
     # Gradients keep what lies between the layers anyway, and a graph that is being traced must not depend on how many
     # slices there are.
-    if module.training or torch.is_grad_enabled() or like.device.type != "cpu" or torch.compiler.is_compiling():
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return [(slice(None), slice(None))]
     b, t, f = size
-    clips = max(CPU_SLICE // (t * f), 1)
-    rows = max(CPU_SLICE // (steps * f), 1) * steps
+    tokens = CPU_SLICE if like.device.type == "cpu" else SLICE
+    clips = max(tokens // (t * f), 1)
+    rows = max(tokens // (steps * f), 1) * steps
     return [(slice(i, i + clips), slice(j, j + rows)) for i in range(0, b, clips) for j in range(0, t, rows)]
 
 
