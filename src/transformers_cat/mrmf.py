@@ -16,6 +16,7 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
+    MRMF_ARGUMENTS,
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
@@ -135,22 +136,11 @@ class MRMFSpectrogram(nn.Module):
         normalize_volume: bool = NORMALIZE_VOLUME,
     ):
         super().__init__()
-        validate_mrmf(
-            sampling_rate=sampling_rate,
-            window_lengths=window_lengths,
-            hop_lengths=hop_lengths,
-            frame_shift=frame_shift,
-            filters=filters,
-            num_bins=num_bins,
-            f_min=f_min,
-            f_max=f_max,
-            log_offset=log_offset,
-            normalize_volume=normalize_volume,
-        )
         self.sampling_rate = sampling_rate
-        self.window_lengths, self.hop_lengths, self.frame_shift = tuple(window_lengths), tuple(hop_lengths), frame_shift
-        self.filters, self.num_bins, self.f_min, self.f_max = tuple(filters), num_bins, f_min, f_max
+        self.window_lengths, self.hop_lengths, self.frame_shift = window_lengths, hop_lengths, frame_shift
+        self.filters, self.num_bins, self.f_min, self.f_max = filters, num_bins, f_min, f_max
         self.log_offset, self.normalize_volume = log_offset, normalize_volume
+        validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
         constants = self.constants()
         for name, constant in constants.items():
             self.register_buffer(name, torch.from_numpy(constant), persistent=False)
