@@ -115,11 +115,28 @@ def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
         (["--test_folds", "1"], "sets --test_folds, .* itself"),
         (["--load_best_model_at_end"], "sets --test_folds, .* itself"),
         (["--seed", "3"], "sets --test_folds, .* itself"),
+        (["--teacher", "x"], "--teacher x may have been trained on the clips that are tested: give --teachers"),
     ],
 )
 def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         example("cross_validate").main(flags(folder, tmp_path, *more))
+
+
+def test_teachers_have_not_heard_what_is_tested(example, folder, tmp_path, monkeypatch):
+    script = example("cross_validate")
+    script.main(flags(folder, tmp_path / "teachers", "--folds", "1"))
+    taught = flags(folder, tmp_path / "taught", "--teachers", str(tmp_path / "teachers"))
+    with pytest.raises(FileNotFoundError, match="seed0/fold2'.* cross-validate the teachers first"):
+        script.main(taught)
+    script.main(flags(folder, tmp_path / "teachers", "--folds", "1", "2"))
+    script.main([*taught, "--folds", "1", "2"])
+    for fold in (1, 2):
+        results = json.loads((tmp_path / f"taught/seed0/fold{fold}/results.json").read_text())
+        teacher = json.loads((Path(results["arguments"]["model"]["teacher"]) / "results.json").read_text())
+        assert teacher["arguments"]["data"]["test_folds"] == [fold] == results["arguments"]["data"]["test_folds"]
+    with pytest.raises(ValueError, match="holds runs with other flags"):
+        script.main(flags(folder, tmp_path / "taught", "--folds", "1"))
 
 
 def test_volume(example, folder, tmp_path):
