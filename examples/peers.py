@@ -1,4 +1,9 @@
-"""Models to compare CAT with: of its size, from the same spectrograms, with the same loss.
+#!/usr/bin/env python
+r"""Models to compare CAT with, or to teach it: of its size, from the same spectrograms, with the same loss.
+
+    python examples/peers.py --kind cnn --normalize_volume --output_dir runs/cnn-config
+
+writes what `--config_name` of the other scripts needs to train one from scratch.
 
 All read one log-mel spectrogram (64 bins, 25 ms window, 10 ms hop), as HTS-AT does, behind a batch norm of the bins:
 
@@ -11,6 +16,7 @@ averaged by the frames that are not silent, since the training crops give up no 
 masked: this is for data sets whose clips have one length.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -186,3 +192,20 @@ def write_peer(kind: str, seconds: float, folder: str | Path, normalize_volume: 
     PeerConfig(kind=kind, num_frames=num_frames).save_pretrained(folder)
     extractor.save_pretrained(folder)
     return Path(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--kind", choices=list(PEERS), required=True)
+    parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
+    parser.add_argument("--normalize_volume", action="store_true", help="as the feature extractor of cat-nano does")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    write_peer(args.kind, args.max_length_seconds, args.output_dir, args.normalize_volume)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ import dataclasses
 import json
 import logging
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -82,6 +82,9 @@ from transformers_cat.training import (
 from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
 from transformers_cat.training.report import data_fingerprint, git_state, write_history, write_json
 from transformers_cat.training.scores import Scores
+
+with suppress(ImportError):  # where this script was copied to without it
+    import peers  # noqa: F401  registers its models with transformers
 
 logger = logging.getLogger(__name__)
 
@@ -475,8 +478,6 @@ def load_teacher(model_args: ModelArguments) -> tuple:
     """The teacher and its feature extractor, or twice None."""
     if model_args.teacher is None:
         return None, None
-    import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
-
     arguments = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     arguments["trust_remote_code"] = model_args.trust_remote_code
     teacher = AutoModelForAudioClassification.from_pretrained(model_args.teacher, **arguments)

@@ -18,7 +18,6 @@ import json
 from pathlib import Path
 
 import cross_validate
-import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
 import run_audio_classification as run
 from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification

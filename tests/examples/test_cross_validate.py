@@ -125,11 +125,13 @@ def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, mor
 
 def test_teachers_have_not_heard_what_is_tested(example, folder, tmp_path, monkeypatch):
     script = example("cross_validate")
-    script.main(flags(folder, tmp_path / "teachers", "--folds", "1"))
+    peer = example("peers").write_peer("cnn", 0.2, tmp_path / "cnn")
+    teachers = [*flags(folder, tmp_path / "teachers"), "--config_name", str(peer)]
+    script.main([*teachers, "--folds", "1"])
     taught = flags(folder, tmp_path / "taught", "--teachers", str(tmp_path / "teachers"))
     with pytest.raises(FileNotFoundError, match="seed0/fold2'.* cross-validate the teachers first"):
         script.main(taught)
-    script.main(flags(folder, tmp_path / "teachers", "--folds", "1", "2"))
+    script.main([*teachers, "--folds", "1", "2"])
     script.main([*taught, "--folds", "1", "2"])
     for fold in (1, 2):
         results = json.loads((tmp_path / f"taught/seed0/fold{fold}/results.json").read_text())
@@ -186,7 +188,9 @@ def test_transfer(example, folder, tmp_path):
 
 
 def test_transfer_of_a_peer(example, folder, tmp_path):
-    peer = str(example("peers").write_peer("cnn", 0.15, tmp_path / "cnn"))
+    peer = str(tmp_path / "cnn")
+    example("peers").main(["--kind", "cnn", "--max_length_seconds", "0.15", "--output_dir", peer, "--normalize_volume"])
+    assert json.loads((tmp_path / "cnn/preprocessor_config.json").read_text())["normalize_volume"] is True
     command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
