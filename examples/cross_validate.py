@@ -9,8 +9,7 @@ The five folds of ESC-50 with three seeds:
 All other flags are those of `run_audio_classification.py`, which runs once for each seed and fold into
 `seed<s>/fold<k>`. When the same command is given again, finished runs are kept and an interrupted one goes on from its
 last checkpoint; more seeds or folds may be asked for later. The result is that of the last epoch; with `--choose_epoch`
-the fold after the tested one is held out too and chooses the epoch. The tested fold never does. Nor does it teach: with
-`--teachers` (the output folder of another cross-validation) the `--teacher` of each run is that of its seed and fold.
+the fold after the tested one is held out too and chooses the epoch. The tested fold never does.
 
 There are no random folds: those of UrbanSound8K in particular must not be reshuffled. Data with a test split instead of
 folds (AudioSet) run once for each seed, into `seed<s>`.
@@ -49,7 +48,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--folds", type=int, nargs="+", help="folds to test on, one after the other; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--teachers", type=Path, help="output folder of the cross-validation of the teachers")
     parser.add_argument("--choose_epoch", action="store_true", help="choose the epoch on the fold after the tested one")
     return parser.parse_known_args(argv)
 
@@ -60,11 +58,6 @@ def given_folds(flags: list[str], output_dir: Path) -> tuple[list[int], str | No
     if data_args.test_folds or data_args.validation_folds or args.load_best_model_at_end or args.seed:
         raise ValueError(
             f"Cross-validation sets {OWN_FLAGS} itself: leave them out; see --folds, --seeds, --choose_epoch"
-        )
-    if model_args.teacher:
-        raise ValueError(
-            f"--teacher {model_args.teacher} may have been trained on the clips that are tested: give --teachers, the "
-            "output folder of its own cross-validation"
         )
     loaded = run.load_data(data_args, model_args)
     if isinstance(loaded, DatasetDict):
@@ -84,14 +77,6 @@ def check_folds(args: argparse.Namespace, existing: list[int]) -> None:
         raise ValueError(f"--folds names {unknown}; the data have the folds {existing}")
     if args.choose_epoch and len(existing) < 3:
         raise ValueError(f"--choose_epoch holds out two folds of at least three, but there are {len(existing)}")
-
-
-def check_teachers(teachers: Path | None, seeds: list[int], folds: list[int | None]) -> None:
-    """Refuse to begin without all of them."""
-    wanted = [run_folder(teachers, seed, fold) for seed in seeds for fold in folds] if teachers else []
-    missing = [str(folder) for folder in wanted if not (folder / "results.json").exists()]
-    if missing:
-        raise FileNotFoundError(f"--teachers lacks the finished runs {missing}: cross-validate the teachers first")
 
 
 def remember(settings: dict, path: Path) -> None:
@@ -164,13 +149,11 @@ def main(argv: list[str] | None = None) -> dict:
     existing, data, num_classes = given_folds(flags, args.output_dir)
     check_folds(args, existing)
     folds = args.folds or existing or [None]
-    check_teachers(args.teachers, args.seeds, folds)
     note = "The given test split." if folds == [None] else comparability(data, folds, existing, num_classes)
     state = PartialState()
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        own = {"teachers": str(args.teachers)} if args.teachers else {}
-        remember({"flags": flags, "choose_epoch": args.choose_epoch, **own}, args.output_dir / "flags.json")
+        remember({"flags": flags, "choose_epoch": args.choose_epoch}, args.output_dir / "flags.json")
         print(note)
     for seed in args.seeds:
         for fold in folds:
@@ -178,8 +161,6 @@ def main(argv: list[str] | None = None) -> dict:
             if (folder / "results.json").exists():
                 continue
             own = ["--output_dir", str(folder), "--seed", str(seed), "--do_train", "--do_eval"]
-            if args.teachers:
-                own += ["--teacher", str(run_folder(args.teachers, seed, fold))]
             run.main([*flags, *own, *fold_flags(fold, existing, args.choose_epoch)])
     state.wait_for_everyone()  # the main process writes the results of the last run after the others have left it
     summary = summarise_runs(args.output_dir, args.seeds, folds, note)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Models to compare CAT with, or to teach it: of its size, from the same spectrograms, with the same loss.
+r"""Models to compare CAT with: of its size, from the same spectrograms, with the same loss.
 
     python examples/peers.py --kind cnn --normalize_volume --output_dir runs/cnn-config
 

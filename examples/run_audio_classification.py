@@ -115,14 +115,6 @@ class ModelArguments:
     feature_extractor_name: str | None = field(
         default=None, metadata={"help": "Feature extractor, if it is not the checkpoint's or the configuration's own."}
     )
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "Trained classifier of the same classes: a folder or an id on the Hub. Its probabilities take "
-            "--teacher_share of the training labels."
-        },
-    )
-    teacher_share: float = field(default=0.5, metadata={"help": "What the teacher says of a label, 0 to 1."})
     freeze_feature_encoder: bool = field(
         default=False, metadata={"help": "Call the model's freeze_feature_encoder() before training."}
     )
@@ -474,16 +466,6 @@ def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig)
     return CATFeatureExtractor.from_dict({**own, **settings})  # --config_overrides is for both
 
 
-def load_teacher(model_args: ModelArguments) -> tuple:
-    """The teacher and its feature extractor, or twice None."""
-    if model_args.teacher is None:
-        return None, None
-    arguments = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    arguments["trust_remote_code"] = model_args.trust_remote_code
-    teacher = AutoModelForAudioClassification.from_pretrained(model_args.teacher, **arguments)
-    return teacher, AutoFeatureExtractor.from_pretrained(model_args.teacher, **arguments)
-
-
 def _hub_arguments(model_args: ModelArguments) -> dict:
     return {
         "cache_dir": model_args.cache_dir,
@@ -568,8 +550,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         raise ValueError("--label_smoothing_factor needs class ids, but mixup makes soft labels; use one of the two")
     if args.average_last_epochs and args.load_best_model_at_end:
         raise ValueError("--average_last_epochs and --load_best_model_at_end name two final models; use one of the two")
-    if not 0 <= model_args.teacher_share <= 1:
-        raise ValueError(f"--teacher_share is a share of the label between 0 and 1, not {model_args.teacher_share}")
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give --do_train, --do_eval or both")
     return model_args, data_args, args
@@ -636,9 +616,7 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
     return args
 
 
-def build_collator(
-    data_args: DataArguments, feature_extractor, num_labels: int, training: bool, teacher_extractor=None
-) -> AudioCollator:
+def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:
     """The collator with the augmentations of the command line."""
     gain_db = data_args.gain_db
     if gain_db is None:
@@ -656,7 +634,6 @@ def build_collator(
         time_mask=0 if data_args.features_on_device else data_args.time_mask,
         freq_mask=0 if data_args.features_on_device else data_args.freq_mask,
         max_length_seconds=data_args.max_length_seconds or None,
-        teacher_extractor=teacher_extractor,
     )
 
 
@@ -708,16 +685,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         spec_augment = SpecAugment(front_end.num_bins, data_args.time_mask, data_args.freq_mask)
     if args.do_train and data_args.balanced_sampling:
         weights = balanced_weights(clips.splits["train"].with_format(None)["label"][:], len(names))
-    teacher, teacher_extractor = load_teacher(model_args) if args.do_train else (None, None)
     trainer = AudioTrainer(
         model=model,
         args=args,
-        data_collator=build_collator(data_args, front_end, len(names), True, teacher_extractor),
+        data_collator=build_collator(data_args, front_end, len(names), training=True),
         eval_collator=build_collator(data_args, front_end, len(names), training=False),
         sampling_weights=weights,
         spec_augment=spec_augment,
-        teacher=teacher,
-        teacher_share=model_args.teacher_share,
         train_dataset=clips.splits["train"] if args.do_train else None,
         eval_dataset=clips.watched,
         compute_metrics=compute_metrics_for(problem_type),

@@ -109,7 +109,6 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_6db": ("esc10_6db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_cnn": ("esc10_cnn/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_taught": ("esc10_taught/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),

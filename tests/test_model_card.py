@@ -86,14 +86,6 @@ def test_the_text_has_the_numbers_of_the_run(model):
     assert f"{model.num_parameters() / 1e6:.1f} million parameters" in text
 
 
-def test_a_teacher_is_said(model):
-    taught = run()
-    taught["arguments"]["model"] |= {"teacher": "/home/jane/cnn", "teacher_share": 0.5}
-    text = words(model_card(model, "someone/cat", [taught], "esc10"))
-    assert "Trained from scratch, with 0.5 of each label from a teacher, another trained classifier, on 320" in text
-    assert "jane" not in text
-
-
 def test_a_normalised_volume_is_said(model):
     normalised = CATForAudioClassification(small_config(normalize_volume=True))
     said = "How loud a recording is makes no difference"

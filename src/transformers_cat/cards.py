@@ -300,15 +300,12 @@ def _base_model(run: Mapping | None) -> str | None:
 
 
 def _start(run: Mapping | None) -> str:
-    """Where the weights came from, and who taught them, in words."""
-    source, model = _source(run), run["arguments"]["model"] if run else {}
-    start = "from scratch"
-    if source is not None:
-        what = "the checkpoint" if model.get("model_name_or_path") else "the trunk of"
-        start = f"from {what} {_base_model(run) or Path(source).name}"
-    if not model.get("teacher"):
-        return start
-    return f"{start}, with {model['teacher_share']:g} of each label from a teacher, another trained classifier,"
+    """Where the weights came from, in words."""
+    source = _source(run)
+    if source is None:
+        return "from scratch"
+    what = "the checkpoint" if run["arguments"]["model"].get("model_name_or_path") else "the trunk of"
+    return f"from {what} {_base_model(run) or Path(source).name}"
 
 
 def _evaluated_on(run: Mapping) -> str:

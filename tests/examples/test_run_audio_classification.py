@@ -486,7 +486,6 @@ class TestArguments:
             (["--data", "x", "--dataset_name", "y"], "not data and dataset_name"),
             (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
             (["--data", "x", "--label_smoothing_factor", "0.1"], "use one of the two"),
-            (["--data", "x", "--teacher_share", "2"], "--teacher_share is a share of the label between 0 and 1, not 2"),
         ],
     )
     def test_contradictions(self, script, tmp_path, flags, message):

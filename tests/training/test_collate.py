@@ -359,32 +359,3 @@ def test_wrong_arguments(arguments, message):
 
 def test_masks_do_not_matter_in_evaluation():
     assert collator(training=False, time_mask=10)(separate_clips())["labels"].tolist() == [0, 1, 2, 3]
-
-
-class TestTeacher:
-    MEL = CATFeatureExtractor(filters=["mel"], window_lengths=[800], hop_lengths=[320])
-
-    def batch(self, training=True, **augmentation):
-        torch.manual_seed(0)
-        switched = {"mixup_probability": 1.0, "speed": 1.25, "time_roll": 1.0, **augmentation}
-        return collator(FEATURES, training, teacher_extractor=self.MEL, **switched)(noise_clips(0.5, 0.4))
-
-    def test_hears_the_same_augmented_clips(self):
-        batch = self.batch()
-        bins = FEATURES.num_bins
-        heard = batch["input_values"][..., bins : 2 * bins]  # mel filters, middle window
-        torch.testing.assert_close(batch["teacher_inputs"]["input_values"], heard)
-        assert torch.equal(batch["teacher_inputs"]["attention_mask"], batch["attention_mask"])
-
-    def test_hears_what_the_model_is_not_shown(self):
-        masked, whole = self.batch(time_mask=20, freq_mask=12), self.batch()
-        assert not torch.equal(masked["input_values"], whole["input_values"])
-        assert torch.equal(masked["teacher_inputs"]["input_values"], whole["teacher_inputs"]["input_values"])
-
-    def test_is_not_asked_in_evaluation(self):
-        assert "teacher_inputs" not in self.batch(training=False)
-
-    def test_of_another_sampling_rate(self):
-        other = CATFeatureExtractor(sampling_rate=16_000, f_max=7_000)
-        with pytest.raises(ValueError, match="teacher listens at 16000 Hz, the model at 32000 Hz"):
-            collator(teacher_extractor=other)

@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification
 from transformers_cat.training import AudioCollator, AudioTrainer, SpecAugment
 
-from ..conftest import awaken, small_config
+from ..conftest import small_config
 
 
 def noise(seed: int) -> dict:
@@ -19,23 +19,12 @@ OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(
-        config=None,
-        augmentation=None,
-        do_mrmf=True,
-        sampling_weights=None,
-        spec_augment=None,
-        teacher=None,
-        teacher_share=0.5,
-        **arguments,
-    ):
+    def make(config=None, augmentation=None, do_mrmf=True, sampling_weights=None, spec_augment=None, **arguments):
         torch.manual_seed(0)
         extractor = CATFeatureExtractor(do_mrmf=do_mrmf)
         defaults = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
         return AudioTrainer(
-            CATForAudioClassification(
-                small_config(**{"problem_type": "single_label_classification", **(config or {})})
-            ),
+            CATForAudioClassification(small_config(problem_type="single_label_classification", **(config or {}))),
             TrainingArguments(
                 remove_unused_columns=False,
                 label_names=["labels"],
@@ -48,14 +37,11 @@ def make_trainer(tmp_path):
                 extractor,
                 training=True,
                 num_labels=5,
-                teacher_extractor=extractor if teacher else None,
                 **{"mixup_probability": 1.0, "time_mask": 9, **(augmentation or {})},
             ),
             eval_collator=AudioCollator(extractor, training=False, num_labels=5),
             sampling_weights=sampling_weights,
             spec_augment=spec_augment,
-            teacher=teacher,
-            teacher_share=teacher_share,
             train_dataset=[noise(seed) for seed in range(8)],
             eval_dataset=[noise(seed) for seed in range(3)],
             processing_class=extractor,
@@ -222,61 +208,3 @@ def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
     assert torch.equal(seen[0][mask], expected[mask])
     trainer.compute_loss(trainer.model.eval(), waveforms)
     torch.testing.assert_close(seen[1][mask], features[mask])
-
-
-class TestTeacher:
-    def teacher(self, names="01234", **config):
-        """A classifier with dropout and random weights, of the given classes."""
-        torch.manual_seed(1)
-        labels = {i: f"LABEL_{name}" for i, name in enumerate(names)}
-        config |= {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "hidden_dropout_prob": 0.5}
-        return awaken(CATForAudioClassification(small_config(**config)))
-
-    def labels_seen(self, trainer, batch):
-        seen = {}
-        forward = trainer.model.forward
-        trainer.model.forward = lambda *args, **inputs: seen.update(inputs) or forward(*args, **inputs)
-        trainer.compute_loss(trainer.model.train(), dict(batch))
-        assert "teacher_inputs" not in seen
-        return seen["labels"]
-
-    @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
-    @pytest.mark.parametrize("mixup", [0.0, 1.0])
-    def test_takes_its_share_of_the_labels(self, make_trainer, problem_type, mixup):
-        augmentation = {**OFF, "mixup_probability": mixup}
-        trainer = make_trainer({"problem_type": problem_type}, augmentation, teacher=self.teacher(), teacher_share=0.25)
-        batch = trainer.data_collator([noise(2), noise(4)])
-        with torch.no_grad():
-            logits = self.teacher().eval()(**batch["teacher_inputs"]).logits
-        taught = logits.sigmoid() if problem_type.startswith("multi") else logits.softmax(-1)
-        labels = batch["labels"] if mixup else torch.eye(5)[[2, 4]]
-        torch.testing.assert_close(self.labels_seen(trainer, batch), 0.75 * labels + 0.25 * taught)
-
-    def test_knows_the_classes_by_name(self, make_trainer):
-        seen = []
-        for names in ("01234", "42013"):
-            teacher = self.teacher(names)
-            order = [int(name) for name in names]
-            if names != "01234":  # the same teacher, its outputs in another order
-                teacher.load_state_dict(seen[0][0].state_dict())
-                with torch.no_grad():
-                    teacher.classifier.weight.copy_(seen[0][0].classifier.weight[order])
-                    teacher.classifier.bias.copy_(seen[0][0].classifier.bias[order])
-            trainer = make_trainer(augmentation=OFF, teacher=teacher)
-            seen.append((teacher, self.labels_seen(trainer, trainer.data_collator([noise(0), noise(1)]))))
-        torch.testing.assert_close(seen[1][1], seen[0][1])
-
-    def test_of_other_classes(self, make_trainer):
-        with pytest.raises(ValueError, match="teacher knows the classes .*LABEL_9.*, not .*LABEL_4"):
-            make_trainer(teacher=self.teacher("01239"))
-
-    def test_does_not_learn_and_is_not_saved(self, make_trainer, tmp_path):
-        teacher = self.teacher()
-        trainer = make_trainer(teacher=teacher, learning_rate=0.1, weight_decay=0.1)
-        trainer.train()
-        assert not teacher.training
-        for name, value in self.teacher().state_dict().items():
-            assert torch.equal(teacher.state_dict()[name], value), name
-        before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        assert not any("teacher" in name for name in before)
-        assert trainer.evaluate()["eval_loss"] > 0  # nobody is asked

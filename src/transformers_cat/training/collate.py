@@ -44,19 +44,15 @@ class AudioCollator:
         max_length_seconds: longer clips are cut to this length at a random place in training. A crop never gives up
             sound for digital silence: where a clip starts or ends with it, as files that were filled up to a common
             length do, it holds all of the sound, at a random place, or nothing but sound. Evaluation reads whole clips.
-        teacher_extractor: feature extractor of a teacher that hears the same augmented clips in training, at the same
-            sampling rate.
 
     A zero (or 1 for the speed, None for the length) switches an augmentation off.
 
     Returns:
         A dict with the extractor's outputs, `input_values` (B, T, D) and `attention_mask` (B, T), and `labels`: int64
         (B,), or float32 (B, C) where a clip has several labels or mixup is on. Without labels in the examples, none.
-        With a teacher, its extractor's outputs, unmasked, as the dict `teacher_inputs`.
 
     Raises:
-        ValueError: an augmentation's value is out of range, masks are asked for without features to mask, or the
-            teacher has another sampling rate.
+        ValueError: an augmentation's value is out of range, or masks are asked for without features to mask.
     """
 
     feature_extractor: object
@@ -70,7 +66,6 @@ class AudioCollator:
     freq_mask: int = 12
     speed: float = 1.25
     max_length_seconds: float | None = None
-    teacher_extractor: object | None = None
 
     def __post_init__(self):
         if not 0 <= self.mixup_probability <= 1:
@@ -92,9 +87,6 @@ class AudioCollator:
                 "do_mrmf=True, or switch the masks off with time_mask=0 and freq_mask=0 (and, for waveforms, give an "
                 "AudioTrainer its own SpecAugment)"
             )
-        rates = [extractor.sampling_rate for extractor in (self.teacher_extractor, self.feature_extractor) if extractor]
-        if len(set(rates)) > 1:
-            raise ValueError(f"The teacher listens at {rates[0]} Hz, the model at {rates[1]} Hz: take another teacher")
         self._spec_augment = None
         if masks:
             self._spec_augment = SpecAugment(self.feature_extractor.num_bins, self.time_mask, self.freq_mask)
@@ -116,19 +108,18 @@ class AudioCollator:
         if self.training:
             waveforms = [self._roll(self._crop(waveform)) for waveform in waveforms]
             waveforms, labels = self._gain_and_mixup(waveforms, labels)
-        batch = self._extract(self.feature_extractor, waveforms)
-        if self.training and self.teacher_extractor is not None:
-            batch["teacher_inputs"] = self._extract(self.teacher_extractor, waveforms)
+        batch = self.feature_extractor(
+            [waveform.numpy() for waveform in waveforms],
+            sampling_rate=self.feature_extractor.sampling_rate,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch = dict(batch)
         if self._spec_augment is not None:
             batch["input_values"] = self._spec_augment(batch["input_values"], batch.get("attention_mask"))
         if labels is not None:
             batch["labels"] = labels
         return batch
-
-    @staticmethod
-    def _extract(feature_extractor, waveforms: list[Tensor]) -> dict[str, Tensor]:
-        arrays, rate = [waveform.numpy() for waveform in waveforms], feature_extractor.sampling_rate
-        return dict(feature_extractor(arrays, sampling_rate=rate, padding=True, return_tensors="pt"))
 
     def _labels(self, labels: list) -> Tensor:
         """Class ids (B,), or targets (B, C) where a clip may have several labels."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from .collate import AudioCollator, SpecAugment
 from .sampler import DrawnClips, EpochSampler
@@ -28,14 +28,10 @@ class AudioTrainer(Trainer):
         sampling_weights: (clips,) to draw the training clips by, with replacement, as `balanced_weights` returns them.
             By default an epoch has every clip once.
         spec_augment: Masks for batches of waveforms, whose spectrograms are then computed on the model's device.
-        teacher: A trained classifier of the same classes, whose probabilities for the same augmented clips take a share
-            of the training labels (Hinton et al., 2015, at a temperature of 1). The collator's `teacher_extractor`
-            makes its inputs. By default there is none.
-        teacher_share: That share, between 0 and 1.
 
     Raises:
-        ValueError: There is not one sampling weight for each training clip, they contradict
-            `train_sampling_strategy`, or the teacher does not know the classes.
+        ValueError: There is not one sampling weight for each training clip, or they contradict
+            `train_sampling_strategy`.
     """
 
     def __init__(
@@ -44,8 +40,6 @@ class AudioTrainer(Trainer):
         eval_collator: AudioCollator,
         sampling_weights: torch.Tensor | None = None,
         spec_augment: SpecAugment | None = None,
-        teacher: PreTrainedModel | None = None,
-        teacher_share: float = 0.5,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -56,14 +50,6 @@ class AudioTrainer(Trainer):
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
         self.spec_augment = spec_augment
-        self.teacher, self.teacher_share = teacher, teacher_share
-        if teacher is not None:
-            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-            # Its classes in the order of the model's.
-            self._teacher_classes = [teacher.config.label2id.get(name) for name in self.model.config.label2id]
-            if None in self._teacher_classes:
-                known, wanted = list(teacher.config.label2id), list(self.model.config.label2id)
-                raise ValueError(f"The teacher knows the classes {known}, not {wanted}: take one trained on these")
         self._sampler: EpochSampler | None = None
         self.add_callback(_SetEpoch(self))
         self._sums: dict[str, torch.Tensor] = {}
@@ -124,8 +110,6 @@ class AudioTrainer(Trainer):
                     buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher is not None and "teacher_inputs" in inputs:
-            inputs = self._with_taught_labels(inputs)
         if model.training and self.spec_augment is not None:
             inputs = self._with_masked_features(model, inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -135,18 +119,6 @@ class AudioTrainer(Trainer):
                 if outputs.get(name) is not None:
                     self._sums[name] = self._sums.get(name, 0.0) + outputs[name].detach().float()
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _with_taught_labels(self, inputs: dict) -> dict:
-        """Labels (B,) or (B, C) -> (B, C), a share of which are the teacher's probabilities."""
-        inputs = dict(inputs)
-        logits = self.teacher(**inputs.pop("teacher_inputs")).logits[:, self._teacher_classes].float()
-        multi_label = self.model.config.problem_type == "multi_label_classification"
-        taught = logits.sigmoid() if multi_label else logits.softmax(-1)
-        labels = inputs["labels"]
-        if labels.ndim == 1:
-            labels = nn.functional.one_hot(labels, taught.shape[-1])
-        return {**inputs, "labels": torch.lerp(labels.to(taught.dtype), taught, self.teacher_share)}
 
     @torch.no_grad()
     def _with_masked_features(self, model, inputs: dict) -> dict:
