@@ -83,7 +83,7 @@ from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
 from transformers_cat.training.report import data_fingerprint, git_state, write_history, write_json
 from transformers_cat.training.scores import Scores
 
-with suppress(ImportError):  # where this script was copied to without it
+with suppress(ModuleNotFoundError):  # where this script was copied to without it
     import peers  # noqa: F401  registers its models with transformers
 
 logger = logging.getLogger(__name__)

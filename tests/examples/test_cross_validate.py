@@ -179,6 +179,7 @@ def test_transfer_of_a_peer(example, folder, tmp_path):
     peer = str(tmp_path / "cnn")
     example("peers").main(["--kind", "cnn", "--max_length_seconds", "0.15", "--output_dir", peer, "--normalize_volume"])
     assert json.loads((tmp_path / "cnn/preprocessor_config.json").read_text())["normalize_volume"] is True
+    assert json.loads((tmp_path / "cnn/config.json").read_text())["num_frames"] == 15  # of 10 ms
     command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
