@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write the figures of the README from the JSON files that the runs left.
+"""Write the figures of the documents from the JSON files that the runs left.
 
     python examples/update_readme.py                # from examples/results
     python examples/update_readme.py --runs runs    # take over what these runs left, first
 
-`examples/results` keeps what the README needs of each run. A figure stands in the README between `<!-- name -->` and
-`<!-- /name -->`; `tests/examples/test_update_readme.py` compares the two.
+`examples/results` keeps what is needed of each run. A figure stands in the README.md here or there between
+`<!-- name -->` and `<!-- /name -->`; `tests/examples/test_update_readme.py` compares the two.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENTS = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
 
 
 def cross_validation(summary: dict) -> str:
@@ -123,7 +123,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
 
 
 def collect(runs: Path, results: Path) -> None:
-    """Keep what the README needs of the runs that are there."""
+    """Keep what the documents need of the runs that are there."""
     results.mkdir(exist_ok=True)
     for name, (path, kept, _) in FIGURES.items():
         if (runs / path).is_file():
@@ -133,22 +133,23 @@ def collect(runs: Path, results: Path) -> None:
                 shutil.copy(picture, results / f"{name}.png")
 
 
-def updated(text: str, results: Path) -> str:
-    """The README's text with the figures of all files in `results`.
+def updated(texts: list[str], results: Path) -> list[str]:
+    """The documents' texts with the figures of all files in `results`.
 
     Raises:
-        ValueError: the text has no place for one of them.
+        ValueError: there is not one place for one of them.
     """
+    texts = list(texts)
     for path in sorted(results.glob("*.json")):
         *_, show = FIGURES[path.stem]
         figure = show(json.loads(path.read_text(encoding="utf-8")))
         start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
-        before, begins, rest = text.partition(start)
-        _, ends, after = rest.partition(end)
-        if not (begins and ends):
-            raise ValueError(f"The README needs a place for {path.name}, from {start} to {end}")
-        text = f"{before}{start}\n{figure}{end}{after}"
-    return text
+        places = [index for index, text in enumerate(texts) if start in text and end in text]
+        if len(places) != 1:
+            raise ValueError(f"One of the documents needs a place for {path.name}, from {start} to {end}")
+        before, _, rest = texts[places[0]].partition(start)
+        texts[places[0]] = f"{before}{start}\n{figure}{end}{rest.partition(end)[2]}"
+    return texts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,7 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.runs:
         collect(args.runs, RESULTS)
-    README.write_text(updated(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    texts = updated([document.read_text(encoding="utf-8") for document in DOCUMENTS], RESULTS)
+    for document, text in zip(DOCUMENTS, texts):
+        document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of the README are those of the runs."""
+"""The figures of the documents are those of the runs."""
 
 import importlib
 import json
@@ -15,11 +15,11 @@ def script(monkeypatch):
     return importlib.import_module("update_readme")
 
 
-def test_readme_is_what_the_runs_say(script):
-    text = script.README.read_text(encoding="utf-8")
-    assert script.updated(text, script.RESULTS) == text
+def test_documents_are_what_the_runs_say(script):
+    texts = [document.read_text(encoding="utf-8") for document in script.DOCUMENTS]
+    assert script.updated(texts, script.RESULTS) == texts
     kept = {path.stem for path in script.RESULTS.glob("*.json")}
-    assert kept == {name for name in script.FIGURES if f"<!-- {name} -->" in text}
+    assert kept == {name for name in script.FIGURES if f"<!-- {name} -->" in "".join(texts)}
 
 
 def test_figures_come_from_the_files(script, tmp_path):
@@ -31,8 +31,11 @@ def test_figures_come_from_the_files(script, tmp_path):
     script.collect(runs, results)
     assert sorted(path.name for path in results.iterdir()) == ["digits.json", "digits.png"]
     assert "secret" not in (results / "digits.json").read_text()
-    text = script.updated("before <!-- digits -->old<!-- /digits --> after", results)
+    document = "before <!-- digits -->old<!-- /digits --> after"
+    other, text = script.updated(["other", document], results)
+    assert other == "other"
     assert "| 4 | 2 | 7 | 50.0 |" in text and "old" not in text
     assert text.startswith("before <!-- digits -->\n") and text.endswith("<!-- /digits --> after")
-    with pytest.raises(ValueError, match="needs a place for digits.json"):
-        script.updated("none", results)
+    for texts in (["none"], [document, document]):
+        with pytest.raises(ValueError, match="needs a place for digits.json"):
+            script.updated(texts, results)
