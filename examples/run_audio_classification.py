@@ -52,6 +52,7 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, include_code, model_card
 from transformers_cat.cards import known_dataset
@@ -89,6 +90,7 @@ with suppress(ModuleNotFoundError):  # where this script was copied to without i
 logger = logging.getLogger(__name__)
 
 SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
 @dataclass
@@ -235,6 +237,13 @@ class RecipeArguments(TrainingArguments):
         metadata={
             "help": "Average the weights after so many last epochs; 0: take the last ones. Default: 5, where no clips "
             "choose the epoch and at least 10 are trained."
+        },
+    )
+    muon: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether Muon updates the matrices of the model's body, and AdamW the rest; otherwise --optim does "
+            "all. Default: Muon does, where a model is trained from scratch without FSDP, DeepSpeed or another --optim."
         },
     )
     report_to: None | str | list[str] = _recipe("report_to", "tensorboard" if is_tensorboard_available() else "none")
@@ -550,6 +559,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         raise ValueError("--label_smoothing_factor needs class ids, but mixup makes soft labels; use one of the two")
     if args.average_last_epochs and args.load_best_model_at_end:
         raise ValueError("--average_last_epochs and --load_best_model_at_end name two final models; use one of the two")
+    if args.muon and args.optim not in ADAMW:
+        raise ValueError(
+            f"--muon true trains by Muon and AdamW, --optim {args.optim.value} does not: use one of the two"
+        )
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give --do_train, --do_eval or both")
     return model_args, data_args, args
@@ -616,6 +629,13 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
     return args
 
 
+def choose_muon(args: RecipeArguments, from_scratch: bool) -> bool:
+    """Whether to train by Muon, where the command line does not say so."""
+    if args.muon is not None:
+        return args.muon
+    return from_scratch and args.optim in ADAMW and not (args.fsdp or args.deepspeed)
+
+
 def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:
     """The collator with the augmentations of the command line."""
     gain_db = data_args.gain_db
@@ -676,6 +696,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if model_args.freeze_feature_encoder:
         model.freeze_feature_encoder()
     args = prepare_evaluation(args, clips, problem_type)
+    args.muon = choose_muon(args, from_scratch and not model_args.init_from)
 
     decoded = {key: decode_audio(split, feature_extractor.sampling_rate) for key, split in clips.splits.items()}
     clips = dataclasses.replace(clips, splits=DatasetDict(decoded))
@@ -692,6 +713,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_collator=build_collator(data_args, front_end, len(names), training=False),
         sampling_weights=weights,
         spec_augment=spec_augment,
+        muon=args.muon,
         train_dataset=clips.splits["train"] if args.do_train else None,
         eval_dataset=clips.watched,
         compute_metrics=compute_metrics_for(problem_type),

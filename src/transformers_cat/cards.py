@@ -35,6 +35,7 @@ TRAINING_ARGUMENTS = (
     "fp16",
     "seed",
     "average_last_epochs",
+    "muon",
 )
 PACKAGES = ("transformers-cat", "torch", "torchaudio", "transformers")
 # Data arguments that say which clips are read and how, not what is done with them.

@@ -486,6 +486,7 @@ class TestArguments:
             (["--data", "x", "--dataset_name", "y"], "not data and dataset_name"),
             (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
             (["--data", "x", "--label_smoothing_factor", "0.1"], "use one of the two"),
+            (["--data", "x", "--muon", "true", "--optim", "adafactor"], "--optim adafactor does not"),
         ],
     )
     def test_contradictions(self, script, tmp_path, flags, message):
@@ -683,6 +684,23 @@ def test_gain_is_for_front_ends_that_know_the_volume(script, given, normalize, g
     arguments = script.DataArguments(data="clips", gain_db=given)
     extractor = CATFeatureExtractor(normalize_volume=normalize)
     assert script.build_collator(arguments, extractor, 10, training=True).gain_db == gain_db
+
+
+@pytest.mark.parametrize(
+    ("flags", "from_scratch", "muon"),
+    [
+        ([], True, True),
+        ([], False, False),
+        (["--optim", "adafactor"], True, False),
+        (["--muon", "false"], True, False),
+        (["--muon", "true"], False, True),
+    ],
+)
+def test_muon_is_for_training_from_scratch(script, tmp_path, flags, from_scratch, muon):
+    *_, args = script.parse_arguments(["--data", "x", "--do_train", "--output_dir", str(tmp_path), *flags])
+    assert script.choose_muon(args, from_scratch) == muon
+    args.fsdp = "full_shard"
+    assert script.choose_muon(args, from_scratch) == (muon and "--muon" in flags)
 
 
 def test_overrides_are_for_the_feature_extractor_too(script, run, folder, tmp_path):

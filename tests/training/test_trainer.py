@@ -19,7 +19,9 @@ OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(config=None, augmentation=None, do_mrmf=True, sampling_weights=None, spec_augment=None, **arguments):
+    def make(
+        config=None, augmentation=None, do_mrmf=True, sampling_weights=None, spec_augment=None, muon=False, **arguments
+    ):
         torch.manual_seed(0)
         extractor = CATFeatureExtractor(do_mrmf=do_mrmf)
         defaults = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
@@ -42,6 +44,7 @@ def make_trainer(tmp_path):
             eval_collator=AudioCollator(extractor, training=False, num_labels=5),
             sampling_weights=sampling_weights,
             spec_augment=spec_augment,
+            muon=muon,
             train_dataset=[noise(seed) for seed in range(8)],
             eval_dataset=[noise(seed) for seed in range(3)],
             processing_class=extractor,
@@ -132,8 +135,13 @@ class Interrupt(TrainerCallback):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"gradient_accumulation_steps": 2, "save_steps": 3, "max_steps": 6}, {"dataloader_num_workers": 1}],
-    ids=["plain", "accumulation", "workers"],
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "save_steps": 3, "max_steps": 6},
+        {"dataloader_num_workers": 1},
+        {"muon": True},
+    ],
+    ids=["plain", "accumulation", "workers", "muon"],
 )
 def test_resumption_in_mid_epoch_reaches_the_same_weights(make_trainer, tmp_path, arguments):
     """Dropout of whole branches, mixup, masks and the order of the clips go on as if nothing had happened."""

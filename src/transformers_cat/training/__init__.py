@@ -24,6 +24,7 @@ from .data import (
     without_recordings_of,
 )
 from .metrics import Accuracy, DPrime, MeanAUC, MeanAveragePrecision, compute_metrics_for, main_metric
+from .muon import Muon
 from .report import environment, plot_confusion_matrix, plot_learning_curves, write_predictions
 from .sampler import EpochSampler, balanced_weights
 from .scores import Scores, align_scores, average_scores, read_scores, write_scores
@@ -37,6 +38,7 @@ __all__ = [
     "EpochSampler",
     "MeanAUC",
     "MeanAveragePrecision",
+    "Muon",
     "Scores",
     "SpecAugment",
     "WeightAveraging",

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .collate import AudioCollator, SpecAugment
+from .muon import Muon, parameter_groups
 from .sampler import DrawnClips, EpochSampler
 
 LOSS_PARTS = ("classification_loss", "causal_loss", "reconstruction_loss")
@@ -28,10 +29,12 @@ class AudioTrainer(Trainer):
         sampling_weights: (clips,) to draw the training clips by, with replacement, as `balanced_weights` returns them.
             By default an epoch has every clip once.
         spec_augment: Masks for batches of waveforms, whose spectrograms are then computed on the model's device.
+        muon: Whether `Muon` is the optimizer instead of the arguments' `optim`, with their learning rate, betas and
+            weight decay.
 
     Raises:
         ValueError: There is not one sampling weight for each training clip, or they contradict
-            `train_sampling_strategy`.
+            `train_sampling_strategy`; or Muon is asked for where weights are sharded.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class AudioTrainer(Trainer):
         eval_collator: AudioCollator,
         sampling_weights: torch.Tensor | None = None,
         spec_augment: SpecAugment | None = None,
+        muon: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -47,9 +51,12 @@ class AudioTrainer(Trainer):
             raise ValueError(
                 f"Sampling weights contradict train_sampling_strategy={self.args.train_sampling_strategy!r}: choose one"
             )
+        if muon and (self.args.fsdp or self.args.deepspeed):
+            raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
         self.spec_augment = spec_augment
+        self.muon = muon
         self._sampler: EpochSampler | None = None
         self.add_callback(_SetEpoch(self))
         self._sums: dict[str, torch.Tensor] = {}
@@ -94,6 +101,17 @@ class AudioTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
 
     # Steps
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.muon and self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = Muon(
+                parameter_groups(self.model, decayed, self.args.weight_decay),
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
+        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, model, *args, **kwargs):
         loss = super().training_step(model, *args, **kwargs)
