@@ -36,6 +36,20 @@ def test_updates_are_as_large_as_those_of_adamw(shape):
     assert weight.grad is None
 
 
+def test_momentum_is_nesterovs():
+    first, second = torch.randn(2, 4, 6)
+    weight = nn.Parameter(torch.zeros(4, 6))
+    optimizer = Muon(groups({True: [weight]}), lr=1.0)
+    weight.grad = first.clone()
+    optimizer.step()
+    before = weight.detach().clone()
+    weight.grad = second.clone()
+    optimizer.step()
+    momentum = 0.95 * 0.05 * first + 0.05 * second
+    expected = orthogonalised((0.05 * second + 0.95 * momentum)[None])[0]
+    torch.testing.assert_close(before - weight, RMS * 6**0.5 * expected, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_of_one_shape_do_not_mix():
     gradients = [scale * torch.randn(4, 6) for scale in (1.0, 1e-3, 1e3)]
     alone, together = ([nn.Parameter(torch.zeros(4, 6)) for _ in gradients] for _ in range(2))
