@@ -36,6 +36,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from transformers import (
@@ -624,16 +625,21 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
             args.greater_is_better = not args.metric_for_best_model.endswith("loss")
     if args.average_last_epochs is None:
         whole = args.max_steps <= 0 and args.num_train_epochs >= 10
-        sharded = args.fsdp or args.deepspeed
-        args.average_last_epochs = 5 if whole and not sharded and not args.load_best_model_at_end else 0
+        args.average_last_epochs = 5 if whole and not is_sharded(args) and not args.load_best_model_at_end else 0
     return args
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed is asked for, by the arguments or by `accelerate launch`."""
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed or launched)
 
 
 def choose_muon(args: RecipeArguments, from_scratch: bool) -> bool:
     """Whether to train by Muon, where the command line does not say so."""
     if args.muon is not None:
         return args.muon
-    return from_scratch and args.optim in ADAMW and not (args.fsdp or args.deepspeed)
+    return from_scratch and args.optim in ADAMW and not is_sharded(args)
 
 
 def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:

@@ -699,8 +699,18 @@ def test_gain_is_for_front_ends_that_know_the_volume(script, given, normalize, g
 def test_muon_is_for_training_from_scratch(script, tmp_path, flags, from_scratch, muon):
     *_, args = script.parse_arguments(["--data", "x", "--do_train", "--output_dir", str(tmp_path), *flags])
     assert script.choose_muon(args, from_scratch) == muon
-    args.fsdp = "full_shard"
-    assert script.choose_muon(args, from_scratch) == (muon and "--muon" in flags)
+
+
+@pytest.mark.parametrize("asked", ["by the arguments", "by FSDP's launch", "by DeepSpeed's launch"])
+def test_sharded_weights_are_neither_averaged_nor_matrices(script, tmp_path, monkeypatch, asked):
+    *_, args = script.parse_arguments(["--data", "x", "--do_train", "--output_dir", str(tmp_path)])
+    if asked == "by the arguments":
+        args.fsdp = "full_shard"
+    else:  # as `accelerate launch --use_fsdp` does, which leaves the arguments as they are
+        monkeypatch.setenv("ACCELERATE_USE_FSDP" if "FSDP" in asked else "ACCELERATE_USE_DEEPSPEED", "true")
+    clips = script.Clips(script.DatasetDict(), [])
+    assert script.prepare_evaluation(args, clips, "single_label_classification").average_last_epochs == 0
+    assert not script.choose_muon(args, from_scratch=True)
 
 
 def test_overrides_are_for_the_feature_extractor_too(script, run, folder, tmp_path):

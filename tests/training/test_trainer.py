@@ -216,3 +216,11 @@ def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
     assert torch.equal(seen[0][mask], expected[mask])
     trainer.compute_loss(trainer.model.eval(), waveforms)
     torch.testing.assert_close(seen[1][mask], features[mask])
+
+
+def test_muon_is_refused_where_weights_are_sharded(make_trainer, monkeypatch):
+    create = AudioTrainer.create_accelerator_and_postprocess
+    sharded = lambda trainer: (create(trainer), setattr(trainer, "is_fsdp_enabled", True))  # noqa: E731
+    monkeypatch.setattr(AudioTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(ValueError, match="Muon needs whole matrices.*muon=False"):
+        make_trainer(muon=True)

@@ -51,7 +51,7 @@ class AudioTrainer(Trainer):
             raise ValueError(
                 f"Sampling weights contradict train_sampling_strategy={self.args.train_sampling_strategy!r}: choose one"
             )
-        if muon and (self.args.fsdp or self.args.deepspeed):
+        if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
