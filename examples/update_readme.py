@@ -106,9 +106,11 @@ def experiment(results: dict) -> str:
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_6db": ("esc10_6db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_cnn": ("esc10_cnn/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
