@@ -54,6 +54,18 @@ def transfer(summary: dict) -> str:
     return markdown_table(["transfer", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
 
 
+def ensemble(results: dict) -> str:
+    """The folds of each member and of their mean, of a `results.json` of evaluate_ensemble.py."""
+    members = results["results"]
+    folds = list(members["ensemble"]["folds"])
+    rows = []
+    for name, own in members.items():
+        name = "mean of their probabilities" if name == "ensemble" else f"`{Path(name).parent.parent}`"
+        scores = [per_cent(own["folds"][fold], None) for fold in folds]
+        rows.append([name, *scores, per_cent(own["mean"], own["deviation"])])
+    return markdown_table(["run", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+
+
 def one_run(results: dict) -> str:
     """The accuracy of a `results.json` of run_audio_classification.py."""
     training, test = results["clips"]["train"], results["clips"]["test"]
@@ -109,7 +121,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_6db": ("esc10_6db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_cnn": ("esc10_cnn/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_with_cnn": ("esc10_with_cnn/results.json", {"results"}, ensemble),
     "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
