@@ -105,6 +105,13 @@ class TestRun:
         assert everything["eval_accuracy"] == metrics["eval_accuracy"]
         assert everything["eval_clips"] == 6
 
+    def test_muon_is_what_trained_it(self, run):
+        output, _ = run
+        state = torch.load(next(output.glob("checkpoint-*/optimizer.pt")), weights_only=True)
+        assert {"momentum", "exp_avg"} <= {name for own in state["state"].values() for name in own}
+        assert json.loads((output / "results.json").read_text())["arguments"]["training"]["muon"] is True
+        assert "--muon True" in (output / "README.md").read_text()
+
     def test_the_token_is_not_written(self, run):
         for path in run[0].rglob("*.json"):
             assert "hf_confidential" not in path.read_text(), path

@@ -4,7 +4,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification
-from transformers_cat.training import AudioCollator, AudioTrainer, SpecAugment
+from transformers_cat.training import AudioCollator, AudioTrainer, Muon, SpecAugment
 
 from ..conftest import small_config
 
@@ -218,9 +218,24 @@ def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
     torch.testing.assert_close(seen[1][mask], features[mask])
 
 
+@pytest.mark.parametrize("muon", [True, False])
+def test_muon_takes_the_arguments(make_trainer, muon):
+    trainer = make_trainer(muon=muon, learning_rate=2e-3, weight_decay=0.3, adam_beta1=0.8, adam_epsilon=1e-7)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, Muon) == muon
+    decays = [(group.get("muon", False), group["weight_decay"]) for group in optimizer.param_groups]
+    assert decays == ([(True, 0.3), (False, 0.3), (False, 0.0)] if muon else [(False, 0.3), (False, 0.0)])
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"][0], group["eps"]) == (2e-3, 0.8, 1e-7)
+
+
 def test_muon_is_refused_where_weights_are_sharded(make_trainer, monkeypatch):
     create = AudioTrainer.create_accelerator_and_postprocess
-    sharded = lambda trainer: (create(trainer), setattr(trainer, "is_fsdp_enabled", True))  # noqa: E731
+
+    def sharded(trainer):
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
     monkeypatch.setattr(AudioTrainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(ValueError, match="Muon needs whole matrices.*muon=False"):
         make_trainer(muon=True)

@@ -17,6 +17,8 @@ RMS = 0.6
 class Muon(torch.optim.AdamW):
     """AdamW, but the updates of some weights are made orthogonal: every direction of a matrix learns at one pace.
 
+    `torch.optim.Muon` takes no kernels, and multiplies in bfloat16 also where a CPU takes 25 times as long for it.
+
     A kernel of a convolution counts as the matrix (channels out, all that a channel reads). The updates of all matrices
     have one root mean square, in proportion to AdamW's, so that both go by one learning rate and weight decay.
 
