@@ -196,7 +196,10 @@ class DataArguments:
     )
     speed: float = field(default=1.25, metadata={"help": "Largest factor of playing faster or slower; 1: none."})
     time_mask: int = field(default=48, metadata={"help": "SpecAugment: bound of the time band in frames; 0: none."})
-    freq_mask: int = field(default=12, metadata={"help": "SpecAugment: bound of the frequency band in bins; 0: none."})
+    freq_mask: int = field(
+        default=12,
+        metadata={"help": "SpecAugment: bound of the frequency band in bins of the first filter bank; 0: none."},
+    )
 
     def __post_init__(self):
         sources = [name for name in ("data", "dataset_name", "train_file") if getattr(self, name)]
@@ -709,7 +712,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     front_end, spec_augment, weights = feature_extractor, None, None
     if data_args.features_on_device:
         front_end = without_spectrograms(feature_extractor)
-        spec_augment = SpecAugment(front_end.num_bins, data_args.time_mask, data_args.freq_mask)
+        spec_augment = SpecAugment(front_end, data_args.time_mask, data_args.freq_mask)
     if args.do_train and data_args.balanced_sampling:
         weights = balanced_weights(clips.splits["train"].with_format(None)["label"][:], len(names))
     trainer = AudioTrainer(

@@ -5,7 +5,7 @@ import torch
 import torchaudio
 
 from transformers_cat import MRMFSpectrogram
-from transformers_cat.mrmf import fft_length, filter_bank
+from transformers_cat.mrmf import fft_length, filter_bank, filter_edges
 
 
 @pytest.mark.parametrize("n_fft", [1024, 2048])
@@ -19,6 +19,17 @@ def test_filter_banks_are_torchaudios(n_fft):
     torch.testing.assert_close(
         torch.from_numpy(filter_bank("linear", n_fft, 32_000, 64, 50.0, 14_000.0)), linear, atol=2e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", ["mel", "linear"])
+def test_edges_are_where_the_filters_begin_and_end(name):
+    edges = filter_edges(name, 64, 50.0, 14_000.0)
+    bank = filter_bank(name, 2**16, 32_000, 64, 50.0, 14_000.0)
+    frequencies = torch.linspace(0, 16_000, 2**15 + 1)
+    for index in range(64):
+        used = frequencies[bank[:, index] > 0]
+        assert used[0] == pytest.approx(edges[index], abs=0.5) and used[-1] == pytest.approx(edges[index + 2], abs=0.5)
+        assert frequencies[bank[:, index].argmax()] == pytest.approx(edges[index + 1], abs=0.5)
 
 
 def test_no_filter_is_empty():

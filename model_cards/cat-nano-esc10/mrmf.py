@@ -6,7 +6,7 @@ from math import lcm
 import numpy as np
 import torch
 from torch import nn
-from transformers.audio_utils import mel_filter_bank
+from transformers.audio_utils import hertz_to_mel, mel_filter_bank, mel_to_hertz
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_cat import (
@@ -39,6 +39,13 @@ def fft_length(window_length: int) -> int:
     return max(MIN_FFT_LENGTH, 2 ** (window_length - 1).bit_length())
 
 
+def filter_edges(name: str, num_bins: int, f_min: float, f_max: float) -> np.ndarray:
+    """Frequencies of a bank, in Hz, (num_bins + 2,): filter i goes from entry i to entry i + 2, its centre is i + 1."""
+    if name == "mel":
+        return mel_to_hertz(np.linspace(hertz_to_mel(f_min), hertz_to_mel(f_max), num_bins + 2))
+    return np.linspace(f_min, f_max, num_bins + 2)
+
+
 def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min: float, f_max: float) -> np.ndarray:
     """Triangular filters whose centres are evenly spaced in mel (HTK's scale) or in hertz.
 
@@ -48,9 +55,9 @@ def filter_bank(name: str, n_fft: int, sampling_rate: int, num_bins: int, f_min:
     if name == "mel":
         bank = mel_filter_bank(n_fft // 2 + 1, num_bins, f_min, f_max, sampling_rate, mel_scale="htk")
     else:
-        edges, width = np.linspace(f_min, f_max, num_bins + 2, retstep=True)
+        edges = filter_edges(name, num_bins, f_min, f_max)
         frequencies = np.linspace(0, sampling_rate / 2, n_fft // 2 + 1)[:, None]
-        bank = np.minimum(frequencies - edges[:-2], edges[2:] - frequencies).clip(min=0) / width
+        bank = np.minimum(frequencies - edges[:-2], edges[2:] - frequencies).clip(min=0) / (edges[1] - edges[0])
     return bank.astype(np.float32)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from transformers_cat import CATFeatureExtractor
+from transformers_cat.mrmf import filter_edges
 from transformers_cat.training.collate import MAX_MASKED_SHARE, AudioCollator
 from transformers_cat.training.data import decode_audio, load_audio_dataset
 
@@ -240,13 +241,17 @@ class TestSpecAugment:
         assert len(positions) == 0 or int(positions[-1] - positions[0]) + 1 == len(positions)
         return (int(positions[0]) if len(positions) else 0), len(positions)
 
-    def test_one_time_and_one_frequency_band_for_all_filters_and_resolutions(self):
+    def test_one_time_and_one_frequency_band_for_all_resolutions(self):
         torch.manual_seed(1)
         widths = []
         for _ in range(10):
             before, after, changed, valid = self.masked(noise_clips(0.6, 0.6), time_mask=20, freq_mask=10)
-            assert (changed == changed[:, :, :1]).all()
-            for clip in changed[:, :, 0]:
+            mel, linear = changed[:, :, :3], changed[:, :, 3:]
+            assert (mel == mel[:, :, :1]).all() and (linear == linear[:, :, :1]).all()
+            for clip in linear[:, :, 0]:
+                assert torch.equal(clip, clip.all(dim=1)[:, None] | clip.all(dim=0)[None])
+            assert torch.equal(linear[:, :, 0].all(dim=2), mel[:, :, 0].all(dim=2))
+            for clip in mel[:, :, 0]:
                 time, frequency = clip.all(dim=1), clip.all(dim=0)
                 # Exactly the two bands, nothing else.
                 assert torch.equal(clip, time[:, None] | frequency[None])
@@ -254,6 +259,38 @@ class TestSpecAugment:
         assert len(set(widths)) > 10  # every clip has its own
         assert 10 < max(width for width, _ in widths) <= 20
         assert 5 < max(width for _, width in widths) <= 10
+
+    def test_the_band_has_the_same_frequencies_in_each_filter_bank(self):
+        """As the banks themselves show them: of a tone in the middle of the band, next to nothing is left in either."""
+        torch.manual_seed(1)
+        mel, linear = (filter_edges(name, 64, 50.0, 14_000.0) for name in ("mel", "linear"))
+        masks = []
+        for _ in range(20):
+            changed = self.masked(noise_clips(0.2), freq_mask=12)[2][0, 0]  # (G*K, F)
+            start, width = self.band(changed[0])
+            if width == 0:
+                assert not changed.any()
+                continue
+            # Of the linear bins, those whose centre is nearer to a masked mel bin's than to that of one left.
+            low, high = (mel[start] + mel[start + 1]) / 2, (mel[start + width] + mel[start + width + 1]) / 2
+            low, high = (0 if start == 0 else low), (1e9 if start + width == 64 else high)
+            inside = (linear[1:-1] > low) & (linear[1:-1] < high)
+            assert changed[3].tolist() == inside.tolist()
+            masks.append((width, int(inside.sum())))
+        assert len(masks) > 10 and max(count for _, count in masks) > 12  # high bins of mel are wide
+        assert min(count / width for width, count in masks) < 0.5  # low ones narrow
+
+    def test_banks_alone_and_in_any_order(self):
+        """One draw masks the same bins of the first bank, whichever that is."""
+        drawn = []
+        for filters in (["linear"], ["linear", "mel"], ["mel"]):
+            torch.manual_seed(1)
+            extractor = CATFeatureExtractor(filters=filters, window_lengths=[800], hop_lengths=[320])
+            clips = noise_clips(0.4, 0.4, 0.4)
+            masked = collator(extractor, freq_mask=12)(clips)["input_values"]
+            changed = masked != collator(extractor)(clips)["input_values"]
+            drawn.append([self.band(band) for band in changed.unflatten(2, (-1, 64)).all(dim=1)[:, 0]])
+        assert drawn[0] == drawn[1] == drawn[2] and drawn[0][0][1] > 0
 
     def test_value_is_the_mean_of_the_valid_features(self):
         torch.manual_seed(1)
@@ -281,7 +318,7 @@ class TestSpecAugment:
     def test_each_can_be_off(self):
         torch.manual_seed(0)
         _, _, changed, _ = self.masked(noise_clips(0.4), freq_mask=12)
-        assert not changed.all(dim=3).any() and (changed == changed[:, :1]).all()
+        assert changed.any() and not changed.all(dim=3).any() and (changed == changed[:, :1]).all()
         _, _, changed, _ = self.masked(noise_clips(0.4), time_mask=12)
         assert (changed == changed[..., :1]).all()
 

@@ -184,7 +184,7 @@ def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer):
     """Without augmentation, the same losses in training and evaluation."""
     arguments = {"augmentation": OFF, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1}
     arguments["config"] = {"drop_path_rate": 0.0}
-    waveforms = make_trainer(do_mrmf=False, spec_augment=SpecAugment(64, 0, 0), **arguments)
+    waveforms = make_trainer(do_mrmf=False, spec_augment=SpecAugment(CATFeatureExtractor(), 0, 0), **arguments)
     features = make_trainer(**arguments)
     losses = []
     for trainer in (waveforms, features):
@@ -197,14 +197,14 @@ def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer):
 
 def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
     masks = {"time_mask": 20, "freq_mask": 8}
-    trainer = make_trainer(augmentation=OFF, do_mrmf=False, spec_augment=SpecAugment(64, **masks))
+    trainer = make_trainer(augmentation=OFF, do_mrmf=False, spec_augment=SpecAugment(CATFeatureExtractor(), **masks))
     waveforms = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     torch.manual_seed(5)
     masked = trainer._with_masked_features(trainer.model, waveforms)
     features, mask = trainer.model.cat.features(waveforms["input_values"], waveforms["attention_mask"])
     torch.manual_seed(5)
-    expected = SpecAugment(64, **masks)(features, mask)
+    expected = SpecAugment(CATFeatureExtractor(), **masks)(features, mask)
     assert torch.equal(masked["input_values"], expected) and torch.equal(masked["attention_mask"], mask)
     assert not torch.equal(expected, features)
     assert waveforms["input_values"].ndim == 2  # the batch is left as it was

@@ -7,10 +7,13 @@ would have seen, with any number of data workers. Otherwise all randomness comes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torchaudio.functional as audio_functional
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from ..mrmf import filter_edges
 
 # A time band never covers more of a clip than this, however short the clip is.
 MAX_MASKED_SHARE = 0.5
@@ -38,7 +41,7 @@ class AudioCollator:
         gain_db: largest gain, up or down, in dB: recordings differ in volume, and a model that has not heard that takes
             it for a property of the sound.
         time_mask: bound on the width of SpecAugment's time band, in frames (10 ms); at most half of a clip.
-        freq_mask: bound on the width of SpecAugment's frequency band, in bins.
+        freq_mask: bound on the width of SpecAugment's frequency band, in bins of the first filter bank.
         speed: largest factor, up or down, by which a clip is played faster, higher with it; drawn log-uniformly. The
             1.25 of the strong augmentation of Tokozume et al. (2018).
         max_length_seconds: longer clips are cut to this length at a random place in training. A crop never gives up
@@ -89,7 +92,7 @@ class AudioCollator:
             )
         self._spec_augment = None
         if masks:
-            self._spec_augment = SpecAugment(self.feature_extractor.num_bins, self.time_mask, self.freq_mask)
+            self._spec_augment = SpecAugment(self.feature_extractor, self.time_mask, self.freq_mask)
 
     def __call__(self, examples: Sequence[dict]) -> dict[str, Tensor]:
         if "seed" not in examples[0]:
@@ -205,21 +208,24 @@ def _without_silent_ends(waveform: Tensor) -> Tensor:
 
 @dataclass
 class SpecAugment:
-    """Replace one time band and one frequency band per clip, the same in all filters and resolutions.
+    """Replace one time band and one band of frequencies per clip, the same in all filters and resolutions.
+
+    What is masked in one filter bank must not be left in another: the band is some bins of the first, and of the others
+    those whose centres lie in it.
 
     The value is each feature's mean over the valid frames of the batch, which the model's normalisation maps close to
     zero; frames of padding are left alone.
 
     Args:
-        num_bins: bins F of each filter bank.
+        front_end: a `CATFeatureExtractor` or `MRMFSpectrogram`, for its G filter banks of F bins.
         time_mask: bound on the width of the time band, in frames; at most half of a clip. 0 for none.
-        freq_mask: bound on the width of the frequency band, in bins. 0 for none.
+        freq_mask: bound on the width of the frequency band, in bins of the first bank. 0 for none.
 
     Raises:
         ValueError: a width is negative, or the frequency band may be wider than the bank.
     """
 
-    num_bins: int
+    front_end: object
     time_mask: int
     freq_mask: int
 
@@ -227,18 +233,23 @@ class SpecAugment:
         for name in ("time_mask", "freq_mask"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.freq_mask > self.num_bins:
-            raise ValueError(f"freq_mask={self.freq_mask} is wider than {self.num_bins} bins")
+        front_end, bins = self.front_end, self.front_end.num_bins
+        if self.freq_mask > bins:
+            raise ValueError(f"freq_mask={self.freq_mask} is wider than {bins} bins")
+        edges = [filter_edges(name, bins, front_end.f_min, front_end.f_max) for name in front_end.filters]
+        centres = torch.from_numpy(np.stack(edges)[:, 1:-1])  # (G, F)
+        self._nearest = (centres[..., None] - centres[0]).abs().argmin(-1)  # of the first bank, to each bin: (G, F)
 
     def __call__(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, G*K*F) and the mask (B, T) of valid frames -> (B, T, G*K*F). Draws on the CPU, works on any device."""
         size, frames, _ = features.shape
         valid = torch.ones(size, frames, device=features.device) if mask is None else mask.to(features.dtype)
         keep = self._time_band(valid.sum(dim=1).int().tolist(), frames) & self._frequency_band(size)  # (B, T, F)
-        masked = (~keep.to(features.device) & valid.bool()[:, :, None])[:, :, None]  # (B, T, 1, F)
+        keep = keep[..., self._nearest][:, :, :, None]  # (B, T, G, 1, F)
+        masked = ~keep.to(features.device) & valid.bool()[:, :, None, None, None]
         mean = (features * valid[:, :, None]).sum(dim=(0, 1)) / valid.sum()
-        banks = features.unflatten(2, (-1, self.num_bins))  # (B, T, G*K, F)
-        return torch.where(masked, mean.view(-1, self.num_bins), banks).flatten(2)
+        banks = features.unflatten(2, (len(self._nearest), -1, self.front_end.num_bins))  # (B, T, G, K, F)
+        return torch.where(masked, mean.view(banks.shape[2:]), banks).flatten(2)
 
     def _time_band(self, lengths: list[int], frames: int) -> Tensor:
         """(B, T, 1), False in one band per clip, drawn within the clip's own frames."""
@@ -248,6 +259,6 @@ class SpecAugment:
         return keep.bool()
 
     def _frequency_band(self, size: int) -> Tensor:
-        """(B, 1, F), False in one band per clip."""
-        ones = torch.ones(size, 1, self.num_bins)
+        """(B, 1, F), False in one band of the first bank per clip."""
+        ones = torch.ones(size, 1, self.front_end.num_bins)
         return audio_functional.mask_along_axis_iid(ones, self.freq_mask, 0.0, 2).bool()
