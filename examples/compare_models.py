@@ -5,9 +5,9 @@ r"""CAT beside models of its size, from scratch, on the same clips with the same
         --output_dir runs/compare
 
 Every model (`cat`, and the peers in `peers.py`) is trained with each of the learning rates on the first fold, and with
-the rate that was best there on the others. What counts are those other folds: the first has chosen something. All other
-flags are those of `cross_validate.py`, which resumes what was interrupted. The result is `results.json`, `table.md` and
-`table.png`.
+the rate that was best there on the others. What counts are those other folds: the first has chosen something. With one
+learning rate, nothing is chosen, and all folds count. All other flags are those of `cross_validate.py`, which resumes
+what was interrupted. The result is `results.json`, `table.md` and `table.png`.
 """
 
 import argparse
@@ -31,17 +31,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--config_name", required=True, help="folder or id with the config.json of the CAT")
     parser.add_argument("--config_overrides", default="{}", help="JSON that replaces values of it")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
-    parser.add_argument("--folds", type=int, nargs="+", required=True, help="the first one chooses the learning rate")
+    parser.add_argument("--folds", type=int, nargs="+", required=True, help="the first one chooses among several rates")
     parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
     parser.add_argument("--output_dir", type=Path, required=True)
     args, flags = parser.parse_known_args(argv)
-    if len(set(args.folds)) < 2:
+    if len(args.learning_rates) > 1 and len(set(args.folds)) < 2:
         parser.error("--folds needs at least two: one to choose the learning rate, and others to report on")
     return args, flags
 
 
 def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
-    """Choose the learning rate on the first fold, then train on the others."""
+    """Choose the learning rate on the first fold, if there are several, then train on the others."""
     own = ["--max_length_seconds", str(args.max_length_seconds)]
     if model == "cat":
         own += ["--config_name", args.config_name, "--config_overrides", args.config_overrides]
@@ -49,17 +49,19 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
         normalize = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides)).normalize_volume
         peer = write_peer(model, args.max_length_seconds, args.output_dir / "peers" / model, normalize)
         own += ["--config_name", str(peer)]
-    first, *others = args.folds
+    rates, tuning, reported = args.learning_rates, {}, args.folds
 
     def cross_validated(rate: float, folds: list[int]) -> tuple[Path, dict]:
         folder = args.output_dir / model / f"{rate:g}"
         command = [*flags, *own, "--learning_rate", str(rate), "--output_dir", str(folder)]
         return folder, cross_validate.main([*command, "--folds", *map(str, folds)])
 
-    tuning = {rate: cross_validated(rate, [first])[1]["mean"] for rate in args.learning_rates}
-    best = max(tuning, key=tuning.get)
-    folder, summary = cross_validated(best, others)
-    trained = AutoModelForAudioClassification.from_pretrained(folder / f"seed0/fold{others[0]}")
+    if len(rates) > 1:
+        first, *reported = args.folds
+        tuning = {rate: cross_validated(rate, [first])[1]["mean"] for rate in rates}
+    best = max(tuning, key=tuning.get) if tuning else rates[0]
+    folder, summary = cross_validated(best, reported)
+    trained = AutoModelForAudioClassification.from_pretrained(folder / f"seed0/fold{reported[0]}")
     mean, deviation = mean_and_deviation([run["metrics"]["eval_accuracy"] for run in summary["runs"]])
     return {
         "learning_rate": f"{best:g}",
@@ -72,6 +74,21 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     }
 
 
+def table(results: dict) -> str:
+    """What `main` returns, as Markdown."""
+    folds = list(next(iter(results.values()))["folds"])
+    tuned = any(own["tuning"] for own in results.values())
+    rows = []
+    for model, own in results.items():
+        tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
+        scores = [per_cent(own["folds"][fold], None) for fold in folds]
+        mean = per_cent(own["mean"], own["deviation"])
+        chosen = [tuning, own["learning_rate"]] if tuned else []
+        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *scores, mean])
+    header = ["fold that chose the learning rate", "chosen"] if tuned else []
+    return markdown_table(["model", "parameters", *header, *(f"fold {fold}" for fold in folds), "mean"], rows)
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Run the script.
 
@@ -82,20 +99,9 @@ def main(argv: list[str] | None = None) -> dict:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = {model: measure(model, args, flags) for model in args.models}
     write_json(args.output_dir / "results.json", results)
-    rows = [
-        [
-            model,
-            f"{own['parameters'] / 1e6:.2f} M",
-            own["learning_rate"],
-            f"{100 * max(own['tuning'].values()):.1f}",
-            per_cent(own["mean"], own["deviation"]),
-        ]
-        for model, own in results.items()
-    ]
-    header = ["model", "parameters", "learning rate", f"fold {args.folds[0]} (chose it)"]
-    table = markdown_table([*header, f"folds {', '.join(map(str, args.folds[1:]))}"], rows)
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    text = table(results)
+    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
+    print(text)
     means = {model: {"accuracy": (own["mean"], own["deviation"])} for model, own in results.items()}
     plot_means(means, args.output_dir / "table.png", "accuracy, %")
     return results

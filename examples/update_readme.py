@@ -33,14 +33,9 @@ def cross_validation(summary: dict) -> str:
 
 def comparison(results: dict) -> str:
     """The models of a `results.json` of compare_models.py."""
-    rows = []
-    for model, own in results.items():
-        tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
-        folds = ", ".join(f"{100 * score:.1f}" for score in own["folds"].values())
-        parameters = f"{own['parameters'] / 1e6:.2f} M"
-        rows.append([model, parameters, tuning, own["learning_rate"], folds, per_cent(own["mean"], own["deviation"])])
-    header = ["model", "parameters", "fold that chose the learning rate", "chosen", "other folds", "their mean"]
-    return markdown_table(header, rows)
+    import compare_models
+
+    return compare_models.table(results)
 
 
 def transfer(summary: dict) -> str:

@@ -257,6 +257,17 @@ def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example
         assert done == {"fold1", "fold2"}
     assert "| cnn | 0.39 M |" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.png").stat().st_size > 1000
+    assert "| fold that chose the learning rate | chosen | fold 2 | mean |" in (tmp_path / "table.md").read_text()
+
+
+def test_with_one_learning_rate_no_fold_chooses_it(example, folder, tmp_path):
+    own = ["--models", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15", "--learning_rates", "1e-3"]
+    results = example("compare_models").main(flags(folder, tmp_path, *own))
+    assert results["cnn"]["tuning"] == {} and results["cnn"]["learning_rate"] == "0.001"
+    assert set(results["cnn"]["folds"]) == {"1", "2"}
+    assert "| model | parameters | fold 1 | fold 2 | mean |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(SystemExit):
+        example("compare_models").main(flags(folder, tmp_path, "--folds", "1"))
 
 
 @pytest.mark.parametrize("kind", ["cnn", "hts-at", "ast"])
