@@ -261,7 +261,6 @@ class TestSpecAugment:
         assert 5 < max(width for _, width in widths) <= 10
 
     def test_the_band_has_the_same_frequencies_in_each_filter_bank(self):
-        """As the banks themselves show them: of a tone in the middle of the band, next to nothing is left in either."""
         torch.manual_seed(1)
         mel, linear = (filter_edges(name, 64, 50.0, 14_000.0) for name in ("mel", "linear"))
         masks = []

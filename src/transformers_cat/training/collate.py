@@ -210,8 +210,8 @@ def _without_silent_ends(waveform: Tensor) -> Tensor:
 class SpecAugment:
     """Replace one time band and one band of frequencies per clip, the same in all filters and resolutions.
 
-    What is masked in one filter bank must not be left in another: the band is some bins of the first, and of the others
-    those whose centres lie in it.
+    What one filter bank hides, another should not show: the band is some bins of the first, and of the others those
+    whose centres are nearest to these; none, where it falls between the centres of a coarser bank.
 
     The value is each feature's mean over the valid frames of the batch, which the model's normalisation maps close to
     zero; frames of padding are left alone.
@@ -244,9 +244,9 @@ class SpecAugment:
         """(B, T, G*K*F) and the mask (B, T) of valid frames -> (B, T, G*K*F). Draws on the CPU, works on any device."""
         size, frames, _ = features.shape
         valid = torch.ones(size, frames, device=features.device) if mask is None else mask.to(features.dtype)
-        keep = self._time_band(valid.sum(dim=1).int().tolist(), frames) & self._frequency_band(size)  # (B, T, F)
-        keep = keep[..., self._nearest][:, :, :, None]  # (B, T, G, 1, F)
-        masked = ~keep.to(features.device) & valid.bool()[:, :, None, None, None]
+        times = self._time_band(valid.sum(dim=1).int().tolist(), frames)[..., None]
+        keep = times & self._frequency_band(size)  # (B, T, G, F)
+        masked = (~keep.to(features.device) & valid.bool()[:, :, None, None])[:, :, :, None]  # (B, T, G, 1, F)
         mean = (features * valid[:, :, None]).sum(dim=(0, 1)) / valid.sum()
         banks = features.unflatten(2, (len(self._nearest), -1, self.front_end.num_bins))  # (B, T, G, K, F)
         return torch.where(masked, mean.view(banks.shape[2:]), banks).flatten(2)
@@ -259,6 +259,6 @@ class SpecAugment:
         return keep.bool()
 
     def _frequency_band(self, size: int) -> Tensor:
-        """(B, 1, F), False in one band of the first bank per clip."""
+        """(B, 1, G, F), False in one band per clip."""
         ones = torch.ones(size, 1, self.front_end.num_bins)
-        return audio_functional.mask_along_axis_iid(ones, self.freq_mask, 0.0, 2).bool()
+        return audio_functional.mask_along_axis_iid(ones, self.freq_mask, 0.0, 2).bool()[..., self._nearest]
