@@ -7,7 +7,8 @@ r"""CAT beside models of its size, from scratch, on the same clips with the same
 Every model (`cat`, and the peers in `peers.py`) is trained with each of the learning rates on the first fold, and with
 the rate that was best there on the others. What counts are those other folds: the first has chosen something. With one
 learning rate, nothing is chosen, and all folds count. All other flags are those of `cross_validate.py`, which resumes
-what was interrupted. The result is `results.json`, `table.md` and `table.png`.
+what was interrupted; with several `--seeds`, a score is their mean. The result is `results.json`, `table.md` and
+`table.png`.
 """
 
 import argparse
@@ -61,16 +62,19 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
         tuning = {rate: cross_validated(rate, [first])[1]["mean"] for rate in rates}
     best = max(tuning, key=tuning.get) if tuning else rates[0]
     folder, summary = cross_validated(best, reported)
-    trained = AutoModelForAudioClassification.from_pretrained(folder / f"seed0/fold{reported[0]}")
-    mean, deviation = mean_and_deviation([run["metrics"]["eval_accuracy"] for run in summary["runs"]])
+    seeds = list(summary["seeds"].values())
+    one = cross_validate.run_folder(folder, next(iter(summary["seeds"])), reported[0])
     return {
         "learning_rate": f"{best:g}",
         "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
-        "folds": {str(run["fold"]): run["metrics"]["eval_accuracy"] for run in summary["runs"]},
-        "mean": mean,
-        "deviation": deviation,
+        "seeds": len(seeds),
+        "folds": {str(fold): mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in reported},
+        "mean": summary["mean"],
+        "deviation": summary["deviation"],
+        "deviation_of": summary["deviation_of"],
+        "loss": mean_and_deviation([own["loss"] for own in seeds])[0],
         "note": summary["note"],
-        "parameters": trained.num_parameters(),
+        "parameters": AutoModelForAudioClassification.from_pretrained(one).num_parameters(),
     }
 
 
@@ -78,15 +82,17 @@ def table(results: dict) -> str:
     """What `main` returns, as Markdown."""
     folds = list(next(iter(results.values()))["folds"])
     tuned = any(own["tuning"] for own in results.values())
+    with_loss = all("loss" in own for own in results.values())
     rows = []
     for model, own in results.items():
         tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
         scores = [per_cent(own["folds"][fold], None) for fold in folds]
         mean = per_cent(own["mean"], own["deviation"])
         chosen = [tuning, own["learning_rate"]] if tuned else []
-        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *scores, mean])
-    header = ["fold that chose the learning rate", "chosen"] if tuned else []
-    return markdown_table(["model", "parameters", *header, *(f"fold {fold}" for fold in folds), "mean"], rows)
+        loss = [f"{own['loss']:.2f}"] if with_loss else []
+        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *scores, mean, *loss])
+    columns = [*(["fold that chose the learning rate", "chosen"] if tuned else []), *(f"fold {fold}" for fold in folds)]
+    return markdown_table(["model", "parameters", *columns, "mean", *(["loss"] if with_loss else [])], rows)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -30,6 +30,7 @@ from transformers_cat.training import label_names, main_metric, read_scores, wri
 from transformers_cat.training.protocol import (
     comparability,
     markdown_table,
+    mean_and_deviation,
     per_cent,
     refuse_reshuffled_folds,
     summarise,
@@ -105,7 +106,7 @@ def fold_flags(fold: int | None, existing: list[int], choose_epoch: bool) -> lis
 
 
 def summarise_runs(output_dir: Path, seeds: list[int], folds: list[int | None], note: str) -> dict:
-    """The results that the runs left, with means and deviations of the main metric."""
+    """The results that the runs left; means and deviations of the main metric, and mean losses on the test clips."""
     results = {
         (seed, fold): json.loads((run_folder(output_dir, seed, fold) / "results.json").read_text())
         for seed in seeds
@@ -115,21 +116,33 @@ def summarise_runs(output_dir: Path, seeds: list[int], folds: list[int | None], 
     metric = main_metric(problem_type)
     values = {seed: {fold: results[seed, fold]["metrics"][f"eval_{metric}"] for fold in folds} for seed in seeds}
     runs = [{"seed": seed, "fold": fold, "metrics": one["metrics"]} for (seed, fold), one in results.items()]
-    return {"metric": metric, "problem_type": problem_type, "note": note, **summarise(values), "runs": runs}
+    summary = {"metric": metric, "problem_type": problem_type, "note": note, **summarise(values), "runs": runs}
+    for seed, own in summary["seeds"].items():
+        own["loss"], _ = mean_and_deviation([results[seed, fold]["metrics"]["eval_loss"] for fold in folds])
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The folds of each seed, as Markdown; the losses too, where the summary has them."""
+    seeds = summary["seeds"].values()
+    folds = list(next(iter(seeds))["folds"])
+    with_loss = all("loss" in own for own in seeds)
+    rows = []
+    for seed, own in summary["seeds"].items():
+        scores = [per_cent(own["folds"][fold], None) for fold in folds]
+        loss = [f"{own['loss']:.2f}"] if with_loss else []
+        rows.append([seed, *scores, per_cent(own["mean"], own["deviation"]), *loss])
+    columns = ["test" if fold in (None, "null") else f"fold {fold}" for fold in folds]
+    return markdown_table(["seed", *columns, "mean ± standard deviation", *(["loss"] if with_loss else [])], rows)
 
 
 def write_summary(summary: dict, output_dir: Path, folds: list[int | None]) -> None:
     """Write the summary and, for each seed, what the predictions of all folds together say."""
     write_json(output_dir / "summary.json", summary)
-    header = ["seed", *("test" if fold is None else f"fold {fold}" for fold in folds), "mean"]
-    rows = [
-        [seed, *(per_cent(own["folds"][fold], None) for fold in folds), per_cent(own["mean"], own["deviation"])]
-        for seed, own in summary["seeds"].items()
-    ]
     total = f"{summary['metric']} {per_cent(summary['mean'], summary['deviation'])} %"
     if summary["deviation"] is not None:
         total += f" (mean ± standard deviation between {summary['deviation_of']})"
-    text = f"{total}. {summary['note']}\n\n{markdown_table(header, rows)}"
+    text = f"{total}. {summary['note']}\n\n{table(summary)}"
     (output_dir / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     if folds == [None]:

@@ -22,13 +22,10 @@ DOCUMENTS = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
 
 
 def cross_validation(summary: dict) -> str:
-    """The folds of each seed, of a `summary.json` of cross_validate.py."""
-    folds = list(next(iter(summary["seeds"].values()))["folds"])
-    rows = [
-        [seed, *(per_cent(own["folds"][fold], None) for fold in folds), per_cent(own["mean"], own["deviation"])]
-        for seed, own in summary["seeds"].items()
-    ]
-    return markdown_table(["seed", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+    """The table of cross_validate.py."""
+    import cross_validate
+
+    return cross_validate.table(summary)
 
 
 def comparison(results: dict) -> str:

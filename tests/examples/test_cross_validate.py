@@ -66,6 +66,11 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     scores = [run["metrics"]["eval_accuracy"] for run in summary["runs"]]
     assert summary["mean"] == pytest.approx(np.mean(scores)) and summary["deviation_of"] == "folds"
     assert summary["note"] == "2 of 3 given folds."
+    loss = np.mean([run["metrics"]["eval_loss"] for run in summary["runs"]])
+    assert summary["seeds"][0]["loss"] == pytest.approx(loss)
+    lines = (tmp_path / "summary.md").read_text().splitlines()
+    assert lines[2] == "| seed | fold 1 | fold 2 | mean ± standard deviation | loss |"
+    assert lines[4].startswith(f"| 0 | {100 * scores[0]:.1f} | ") and lines[4].endswith(f" | {loss:.2f} |")
     together = read_scores(tmp_path / "seed0" / "predictions.csv")
     assert together.folds == [1] * 4 + [2] * 4
     assert {Path(p).stem[-1] for p, fold in zip(together.paths, together.folds) if fold == 1} == {"0", "3"}
@@ -255,17 +260,23 @@ def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example
         assert set(own["folds"]) == {"2"} and own["mean"] == own["folds"]["2"]
         done = {path.parent.name for path in (tmp_path / model).glob("*/seed0/*/results.json")}
         assert done == {"fold1", "fold2"}
-    assert "| cnn | 0.39 M |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| cnn | 0.39 M |" in table
+    assert "| fold that chose the learning rate | chosen | fold 2 | mean | loss |" in table
     assert (tmp_path / "table.png").stat().st_size > 1000
-    assert "| fold that chose the learning rate | chosen | fold 2 | mean |" in (tmp_path / "table.md").read_text()
 
 
-def test_with_one_learning_rate_no_fold_chooses_it(example, folder, tmp_path):
+def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(example, folder, tmp_path):
     own = ["--models", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15", "--learning_rates", "1e-3"]
-    results = example("compare_models").main(flags(folder, tmp_path, *own))
-    assert results["cnn"]["tuning"] == {} and results["cnn"]["learning_rate"] == "0.001"
-    assert set(results["cnn"]["folds"]) == {"1", "2"}
-    assert "| model | parameters | fold 1 | fold 2 | mean |" in (tmp_path / "table.md").read_text()
+    results = example("compare_models").main(flags(folder, tmp_path, *own, "--seeds", "1", "2"))["cnn"]
+    assert results["tuning"] == {} and results["learning_rate"] == "0.001" and results["seeds"] == 2
+    runs = json.loads((tmp_path / "cnn/0.001/summary.json").read_text())["runs"]
+    for fold, score in results["folds"].items():
+        own = [run["metrics"]["eval_accuracy"] for run in runs if run["fold"] == int(fold)]
+        assert len(own) == 2 and score == pytest.approx(np.mean(own))
+    assert results["mean"] == pytest.approx(np.mean(list(results["folds"].values())))
+    assert results["loss"] == pytest.approx(np.mean([run["metrics"]["eval_loss"] for run in runs]))
+    assert "| model | parameters | fold 1 | fold 2 | mean | loss |" in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit):
         example("compare_models").main(flags(folder, tmp_path, "--folds", "1"))
 
