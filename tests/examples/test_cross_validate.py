@@ -266,15 +266,22 @@ def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
-def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(example, folder, tmp_path):
+def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(example, folder, tmp_path, monkeypatch):
     own = ["--models", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15", "--learning_rates", "1e-3"]
-    results = example("compare_models").main(flags(folder, tmp_path, *own, "--seeds", "1", "2"))["cnn"]
+    script = example("compare_models")
+    main = script.cross_validate.main
+
+    def with_different_scores(argv):
+        summary = main(argv)
+        for seed, scores in ((1, {1: 0.25, 2: 0.5}), (2, {1: 0.75, 2: 1.0})):
+            summary["seeds"][seed]["folds"] = scores
+        return summary
+
+    monkeypatch.setattr(script.cross_validate, "main", with_different_scores)
+    results = script.main(flags(folder, tmp_path, *own, "--seeds", "1", "2"))["cnn"]
     assert results["tuning"] == {} and results["learning_rate"] == "0.001" and results["seeds"] == 2
     runs = json.loads((tmp_path / "cnn/0.001/summary.json").read_text())["runs"]
-    for fold, score in results["folds"].items():
-        own = [run["metrics"]["eval_accuracy"] for run in runs if run["fold"] == int(fold)]
-        assert len(own) == 2 and score == pytest.approx(np.mean(own))
-    assert results["mean"] == pytest.approx(np.mean(list(results["folds"].values())))
+    assert results["folds"] == {"1": 0.5, "2": 0.75} and results["deviation_of"] == "seeds"
     assert results["loss"] == pytest.approx(np.mean([run["metrics"]["eval_loss"] for run in runs]))
     assert "| model | parameters | fold 1 | fold 2 | mean | loss |" in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit):
