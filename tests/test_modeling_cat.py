@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import SwinConfig, SwinModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 from transformers_cat.causal import causal_loss, conditional_pns
@@ -151,6 +152,22 @@ def test_global_kernel_is_a_plain_encoder_block(attn_implementation):
     tokens = torch.randn(2, 10, 4, 32)
     ours, _ = block(tokens, None, None, (10, 4), (0, 0), None)
     torch.testing.assert_close(ours.flatten(1, 2), plain(tokens.flatten(1, 2)), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_unfused_attention_are_those_of_torch(monkeypatch):
+    """On a CPU, where no fused kernel has one for the bias; of padded clips in shifted windows, in double precision."""
+    torch.manual_seed(0)
+    model = awaken(CATModel(small_config(depths=(2, 2), num_heads=(2, 4)))).double().eval()
+    features, mask = torch.randn(2, 90, model.config.feature_size, dtype=torch.float64), torch.ones(2, 90)
+    mask[1, 40:] = 0
+    gradients = []
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(CATAttention, "kernel", lambda self, bias: sdpa_attention_forward)
+        output = model(features, mask).last_hidden_state
+        gradients.append(torch.autograd.grad(output.square().sum(), list(model.parameters()), allow_unused=True))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_position_embedding_is_equation_3():

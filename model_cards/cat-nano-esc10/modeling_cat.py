@@ -472,11 +472,16 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     # In this shape on their way, so that the gradient of what is returned can be asked for.
     weights = weights.unflatten(1, (-1, module.num_heads)).flatten(0, 1)
     output = nn.functional.dropout(weights, p=dropout, training=module.training).view(scores.shape) @ value
     return output.transpose(1, 2).contiguous(), weights
+
+
+def unfused_attention_forward(*args, **kwargs) -> tuple[torch.Tensor, None]:
+    """As `eager_attention_forward`, but without the weights, which fused kernels do not give either."""
+    return eager_attention_forward(*args, **kwargs)[0], None
 
 
 class CATRelativePositionBias(nn.Module):
@@ -535,23 +540,29 @@ class CATAttention(nn.Module):
             (B, t, f, C), and the weights (B * windows, heads, tokens, tokens) if the kernel gives them.
         """
         t, f = streams.shape[2:4]
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         # To the kernel, the windows are further heads: so the clips share a bias that is as large as one of them.
         query, key, value = self.heads(streams, window).flatten(2, 3)
-        output, weights = attention(
+        bias = self.bias(mask, query.shape[1] // self.num_heads, window[0])
+        output, weights = self.kernel(bias)(
             self,
             query,
             key,
             value,
-            self.bias(mask, query.shape[1] // self.num_heads, window[0]),
+            bias,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )  # (B, N, windows * heads, D)
         output = output.unflatten(2, (-1, self.num_heads)).flatten(3).transpose(1, 2)
         return self.output(window_reverse(output, window, t, f)), weights
+
+    def kernel(self, bias: torch.Tensor | None) -> Callable:
+        """The attention function for a bias."""
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and bias is not None and bias.requires_grad and bias.device.type == "cpu":
+            # No fused kernel of a CPU has a gradient for the bias, and what PyTorch falls back to keeps more for it.
+            return unfused_attention_forward
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
     def heads(self, streams: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values of all filters: (3, B, windows, heads, N, D)."""
