@@ -1,18 +1,35 @@
-"""The benchmark of a GPU, tried on the CPU."""
+"""The benchmark of a GPU, tried on the CPU, and the floor that the one of a CPU gives."""
 
 import importlib
 import json
 from pathlib import Path
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture
-def script(monkeypatch):
+@pytest.fixture(autouse=True)
+def examples(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
+
+
+@pytest.fixture
+def script():
     return importlib.import_module("benchmark_gpu")
+
+
+@pytest.mark.parametrize("name", ["CAT", "HTS-AT"])
+def test_products_are_all_of_a_forward(name):
+    benchmark = importlib.import_module("benchmark")
+    operations = []
+    for make in (benchmark.products, benchmark.forward):
+        step = make(name, 1)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        operations.append(counter.get_total_flops())
+    assert operations[0] == operations[1] > 11e9
 
 
 def test_rows_and_ratios(script, tmp_path):
