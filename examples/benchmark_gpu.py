@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark import BASELINE, CLASSES, SECONDS, build, inputs
-from torch.utils.flop_counter import FlopCounterMode
+from benchmark import BASELINE, CLASSES, SECONDS, build, inputs, operations
 
 from transformers_cat import CATConfig, CATForAudioClassification
 from transformers_cat.training.protocol import markdown_table
@@ -53,11 +52,11 @@ def build_any(name: str) -> torch.nn.Module:
     )
 
 
+@torch.no_grad()
 def flops_of(name: str) -> int:
-    """Operations of a forward of one clip."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build_any(name).eval()(inputs(MODELS[name], 1))
-    return counter.get_total_flops()
+    """Of a forward of one clip."""
+    model = build_any(name).eval()
+    return operations(lambda: model(inputs(MODELS[name], 1)))
 
 
 def seconds_of(step: Callable, device: torch.device, repeats: int) -> float:
