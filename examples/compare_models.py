@@ -79,14 +79,14 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
 
 
 def table(results: dict) -> str:
-    """What `main` returns, as Markdown; a model without one of the folds, which was not tested on it, has a gap."""
+    """What `main` returns, as Markdown."""
     folds = list(next(iter(results.values()))["folds"])
     tuned = any(own["tuning"] for own in results.values())
     with_loss = all("loss" in own for own in results.values())
     rows = []
     for model, own in results.items():
         tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
-        scores = [per_cent(own["folds"][fold], None) if fold in own["folds"] else "" for fold in folds]
+        scores = [per_cent(own["folds"][fold], None) for fold in folds]
         mean = per_cent(own["mean"], own["deviation"])
         chosen = [tuning, own["learning_rate"]] if tuned else []
         loss = [f"{own['loss']:.2f}"] if with_loss else []
