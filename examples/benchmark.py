@@ -223,7 +223,7 @@ def load(name: str, folder: Path) -> Callable:
 TASKS = {
     "forward, batch 1": (forward, 1, MODELS),
     "forward, batch 4": (forward, 4, MODELS),
-    "its products alone, batch 1": (products, 1, ("CAT", "HTS-AT", "Swin-T")),
+    "products of a forward alone, batch 1": (products, 1, ("CAT", "HTS-AT", "Swin-T")),
     "training step, batch 4": (training_step, 4, ("CAT", "HTS-AT", "AST")),
     "front end, batch 8": (front_end, 8, ("CAT", "HTS-AT", "AST")),
     "waveform to label, batch 1": (waveform_to_label, 1, ("CAT", "HTS-AT", "AST")),

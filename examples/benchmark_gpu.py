@@ -54,7 +54,7 @@ def build_any(name: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def flops_of(name: str) -> int:
-    """Of a forward of one clip."""
+    """Operations of a forward of one clip."""
     model = build_any(name).eval()
     return operations(lambda: model(inputs(MODELS[name], 1)))
 
