@@ -170,6 +170,13 @@ def test_gradients_of_unfused_attention_are_those_of_torch(monkeypatch):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_fused_attention_gives_no_weights(training):
+    """Nor does what stands in for it in training on a CPU."""
+    model = CATModel(small_config()).train(training)
+    assert model(torch.randn(2, 40, model.config.feature_size), output_attentions=True).attentions == ()
+
+
 def test_position_embedding_is_equation_3():
     torch.manual_seed(0)
     config = small_config()
