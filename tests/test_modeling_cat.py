@@ -665,6 +665,32 @@ def test_freezing_the_feature_encoder(small_model):
     assert "embeddings" not in trained and "stages" in trained
 
 
+@pytest.mark.parametrize("frozen", ["all", "embeddings", "nothing"])
+def test_frozen_weights_keep_their_statistics(frozen):
+    """As under an adapter or for a linear probe: nobody would save what moved."""
+    torch.manual_seed(0)
+    model = CATForAudioClassification(small_config(drop_path_rate=0.0)).train()
+    if frozen == "embeddings":
+        model.freeze_feature_encoder()
+    elif frozen == "all":
+        model.base_model.requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    features = torch.randn(2, 40, model.config.feature_size) * 3 - 5
+    output = model(features, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    moved = {name.split(".")[1] for name, buffer in model.named_buffers() if not buffer.equal(before[name])}
+    assert moved == ({"feature_norm", "embeddings"} if frozen == "nothing" else set())
+    if frozen == "all":
+        torch.testing.assert_close(output.logits, model.eval()(features).logits)
+
+
+def test_a_single_frame_can_be_trained_on():
+    model = CATForAudioClassification(small_config()).train()
+    loss = model(torch.randn(1, 1, model.config.feature_size), labels=torch.tensor([1])).loss
+    loss.backward()
+    assert all(torch.isfinite(buffer).all() for buffer in model.buffers()) and loss.isfinite()
+
+
 def test_the_default_sizes_stay_within_their_budget():
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -230,14 +230,22 @@ def join_streams(trunk: torch.Tensor, offsets: torch.Tensor | None) -> torch.Ten
 
 
 class CATBatchNorm(nn.BatchNorm1d):
-    """Batch norm over the last dimension, in float32, without padding in its statistics."""
+    """Batch norm over the last dimension, in float32, without padding in its statistics.
 
-    def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+    In training, it normalises by the statistics of the batch only where it `learns`: frozen weights, as those under an
+    adapter, go on with the running statistics, which nobody would save with the adapter if they moved.
+    """
+
+    def forward(
+        self, features: torch.Tensor, frame_mask: torch.Tensor | None = None, learns: bool = True
+    ) -> torch.Tensor:
         """(B, T, ..., C), mask (B, T) bool or `None` -> the same shape in float32, zero on padding."""
         features = features.float()
-        if not self.training:
+        if not (self.training and learns):
             normalised = self._normalise(features, self.running_mean.float(), self.running_var.float())
             return normalised if frame_mask is None else normalised * self._weight(features, frame_mask)
+        if frame_mask is None and features.shape[:-1].numel() == 1:  # which PyTorch's kernel refuses
+            frame_mask = features.new_ones(1, 1, dtype=torch.bool)
         if frame_mask is None:  # PyTorch's own kernel: a fifth of the time of the formula below
             mean, variance = features.new_zeros(2, self.num_features)
             normalised = self._normalise(features, mean, variance, training=True)
@@ -372,7 +380,9 @@ class CATStem(nn.Module):
             features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
             features = crop_time(features, half, 1)  # its length already; but so one expression where T is symbolic
             frame_mask = any_of(frame_mask, 2)
-            features = zero_padding(self.activation(norm(features, frame_mask)), frame_mask)
+            features = zero_padding(
+                self.activation(norm(features, frame_mask, norm.weight.requires_grad)), frame_mask
+            )
         return self.output(features.to(self.output.weight.dtype))
 
 
@@ -918,9 +928,9 @@ class CATModel(CATPreTrainedModel):
         if input_values is None:
             raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
         features, frame_mask = self.features(input_values, attention_mask)
-        features = self.feature_norm(features, frame_mask)
-        dtype = self.embeddings.projection.weight.dtype
-        trunk, offsets = split_streams(self.embeddings(features.to(dtype), frame_mask))
+        weight = self.embeddings.projection.weight
+        features = self.feature_norm(features, frame_mask, weight.requires_grad)  # which has no weights of its own
+        trunk, offsets = split_streams(self.embeddings(features.to(weight.dtype), frame_mask))
         token_mask = any_of(frame_mask, self.config.patch_size[0])
         for stage in self.stages:
             trunk, offsets, _ = stage(trunk, offsets, token_mask, **kwargs)
@@ -974,7 +984,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         self.post_init()
 
     def freeze_feature_encoder(self) -> None:
-        """Stops the training of the embeddings; the trunk and the head go on."""
+        """Stops the training of the embeddings and of their batch norms' statistics; the trunk and the head go on."""
         self.cat.embeddings.requires_grad_(False)
 
     def drop_reconstruction(self) -> None:
