@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
-from transformers_cat.linear import CATLinear
+from transformers_cat.linear import make_plain
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -194,9 +194,7 @@ def waveform_to_label(name: str, batch_size: int) -> Callable:
 def quantised() -> torch.nn.Module:
     """CAT with its linear layers in 8 bits, their inputs quantised as they come."""
     model = build("CAT").eval()
-    for module in model.modules():
-        if isinstance(module, CATLinear):  # PyTorch quantises `nn.Linear` and nothing that is derived from it
-            module.__class__ = torch.nn.Linear
+    make_plain(model)
     return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, AutoProcessor
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 
@@ -30,6 +30,14 @@ def test_auto_classes_load_the_same_model(checkpoint, real_clips):
         body = AutoModel.from_pretrained(checkpoint)
         assert type(body) is CATModel
         torch.testing.assert_close(body(**batch).pooler_output, expected.pooler_output)
+
+
+def test_the_processor_is_the_feature_extractor(monkeypatch):
+    """Of a checkpoint with its code, too, without the question whether to run that."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "n")
+    assert type(AutoProcessor.from_pretrained("model_cards/cat-nano-esc10")) is CATFeatureExtractor
+    assert not questions
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

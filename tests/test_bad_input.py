@@ -416,7 +416,8 @@ class TestLabels:
     )
     def test_what_the_loss_takes_stays_allowed(self, problem_type, num_labels, labels):
         model = CATForAudioClassification(small_config(problem_type=problem_type, num_labels=num_labels)).eval()
-        assert model(torch.randn(2, 8, 384), labels=labels).loss.isfinite()
+        for mode in (model.eval(), model.train()):
+            assert mode(torch.randn(2, 8, 384), labels=labels).loss.isfinite()
 
 
 class TestResample:

@@ -512,6 +512,8 @@ def test_wrong_shapes_are_refused():
 def test_class_targets():
     for integer in (torch.int32, torch.int64):
         assert class_targets(torch.tensor([2, -100], dtype=integer), 3).tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert class_targets(torch.tensor([[2], [-100]]), 3).tolist() == [[0, 0, 1], [0, 0, 0]]
+    assert class_targets(torch.tensor([[1], [0]]), 1).tolist() == [[1], [0]]  # multi-hot
     assert class_targets(torch.tensor([[1, 0, 1]]), 3).tolist() == [[1, 0, 1]]
     assert class_targets(torch.tensor([[1, 0, 1]]), 3).is_floating_point()
     soft = torch.tensor([[0.25, 0.75, 0.0]])

@@ -152,6 +152,25 @@ def test_feat_extract_from_and_save_pretrained(tmp_path):
     assert with_mrmf(np.zeros(3_200), sampling_rate=RATE)["input_values"].shape == (1, 10, 96)
 
 
+def test_attributes_that_are_set_count(clips):
+    """What is computed is what would be saved."""
+    extractor = CATFeatureExtractor()
+    extractor(clips, sampling_rate=RATE)
+    extractor.normalize_volume, extractor.filters[1:], extractor.num_bins = True, [], 32
+    expected = CATFeatureExtractor(normalize_volume=True, filters=("mel",), num_bins=32)
+    assert extractor.to_dict() == expected.to_dict() and extractor.feature_size == 96
+    for do_mrmf in (True, False):
+        extractor.do_mrmf = expected.do_mrmf = do_mrmf
+        pair = [each(clips, sampling_rate=RATE, return_tensors="pt")["input_values"] for each in (extractor, expected)]
+        assert torch.equal(*pair) and pair[0].ndim == (3 if do_mrmf else 2)
+    assert extractor.mrmf is extractor.mrmf
+
+
+def test_padding_before_a_clip_is_refused(clips):
+    with pytest.raises(ValueError, match="padding_side.*'left'.*right"):
+        CATFeatureExtractor(padding_side="left")(clips, sampling_rate=RATE)
+
+
 def test_normalized_volume_is_the_models_too(clips):
     torch.manual_seed(0)
     model = CATForAudioClassification(small_config(normalize_volume=True)).eval()

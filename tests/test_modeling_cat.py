@@ -1,4 +1,6 @@
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +272,54 @@ def test_linear_layers_leave_other_weights_to_pytorch():
         assert layer(tokens).dtype == torch.bfloat16
     layer.weight = nn.Parameter(layer.weight.as_subclass(Doubled), requires_grad=False)
     torch.testing.assert_close(layer(tokens).as_subclass(torch.Tensor), 2 * expected)
+
+
+def test_quantisers_find_plain_linear_layers():
+    """Some look for the very class; and what they put in its place keeps its numbers in other types."""
+
+    class Packed(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.weight = layer, layer.weight.detach().to(torch.uint8)
+
+        def forward(self, tokens):
+            return self.layer(tokens)
+
+    torch.manual_seed(0)
+    config = small_config()
+    plain, features = CATModel(config).eval(), torch.randn(1, 24, 384)
+    config.quantization_config = SimpleNamespace(load_in_8bit=False, to_dict=dict)
+    model = CATModel(config).eval()
+    model.load_state_dict(plain.state_dict())
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert len(linear) > 20 and all(type(model.get_submodule(name)) is nn.Linear for name in linear)
+    for name in linear:
+        model.set_submodule(name, Packed(model.get_submodule(name)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(features)[0], plain(features)[0], atol=1e-5, rtol=1e-5)
+    config.quantization_config.load_in_8bit = True
+    with pytest.raises(ValueError, match="load_in_8bit.*load_in_4bit"):
+        CATModel(config)
+
+
+@torch.no_grad()
+def test_a_trace_is_the_model(small_model):
+    features, mask = torch.randn(2, 50, 384), torch.ones(2, 50)
+    mask[1, 20:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that shapes become constants
+        traced = torch.jit.trace(small_model, (features, mask), strict=False)
+    torch.testing.assert_close(traced(features, mask)["logits"], small_model(features, mask).logits)
+
+
+def test_weights_can_be_assigned_to_a_model_without_memory(small_model):
+    """With its buffers, which are not saved."""
+    with torch.device("meta"):
+        empty = CATForAudioClassification(small_model.config).eval()
+    empty.load_state_dict(small_model.state_dict(), assign=True)
+    assert not any(buffer.is_meta for buffer in empty.buffers())
+    waveform = 0.1 * torch.randn(1, 9_000)
+    torch.testing.assert_close(empty(waveform).logits, small_model(waveform).logits)
 
 
 def test_what_is_added_to_swin_starts_as_the_identity():

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -23,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
-from .linear import CATLinear, linear
+from .linear import CATLinear, linear, make_plain
 from .mrmf import MRMFSpectrogram
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
@@ -87,13 +88,18 @@ class CATSequenceClassifierOutput(SequenceClassifierOutput):
 # Windows: plain functions of shapes
 
 
+def is_certain(condition: bool | torch.SymBool | torch.Tensor) -> bool:
+    """Whether a condition on shapes holds, whatever a symbolic length will be; a trace has tensors for shapes."""
+    return bool(condition) if isinstance(condition, torch.Tensor) else statically_known_true(condition)
+
+
 def pad_time(tokens: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
     """Zero-pads dimension `dim` at its end to a multiple."""
     length = tokens.shape[dim]
     # Written with a negated floor, the roundings of all stages collapse into one where the length is symbolic; and
     # what is only known at run time must not be branched on.
     missing = -(-length // multiple) * multiple - length
-    if statically_known_true(missing == 0):
+    if is_certain(missing == 0):
         return tokens
     return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, missing))
 
@@ -101,7 +107,7 @@ def pad_time(tokens: torch.Tensor, multiple: int, dim: int) -> torch.Tensor:
 def crop_time(tokens: torch.Tensor, length: int, dim: int) -> torch.Tensor:
     """Takes the first `length` of dimension `dim`: what `pad_time` added goes again."""
     # Padding by a negative number: a slice would have to know which of two symbolic lengths is smaller.
-    if statically_known_true(tokens.shape[dim] == length):
+    if is_certain(tokens.shape[dim] == length):
         return tokens
     return nn.functional.pad(tokens, (0, 0) * (tokens.ndim - 1 - dim) + (0, length - tokens.shape[dim]))
 
@@ -128,9 +134,9 @@ def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
 
     Row `(dt + w_t - 1) * (2 * w_f - 1) + (df + w_f - 1)` belongs to the offset (dt, df) of query from key.
     """
-    t, f = (axis.flatten() for axis in torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij"))
+    t, f = np.indices(window).reshape(2, -1)  # not tensors: those of a model that is built without memory hold no values
     dt, df = t[:, None] - t[None, :], f[:, None] - f[None, :]
-    return ((dt + window[0] - 1) * (2 * window[1] - 1) + df + window[1] - 1).flatten()
+    return torch.from_numpy(((dt + window[0] - 1) * (2 * window[1] - 1) + df + window[1] - 1).flatten())
 
 
 def attention_mask_of_windows(
@@ -383,7 +389,7 @@ class CATStem(nn.Module):
             features = zero_padding(
                 self.activation(norm(features, frame_mask, norm.weight.requires_grad)), frame_mask
             )
-        return self.output(features.to(self.output.weight.dtype))
+        return self.output(features.to(self.convolutions[0].weight.dtype))  # the layer's own may be quantised
 
 
 class CATPatchProjection(nn.Conv2d):
@@ -760,7 +766,7 @@ class CATStage(nn.Module):
         token_mask: torch.Tensor | None, length: int, multiple: int, device: torch.device
     ) -> torch.Tensor | None:
         """(B, t) or `None` -> (B or 1, t) for whole windows, or `None` where nothing is padding."""
-        if statically_known_true(length % multiple == 0):
+        if is_certain(length % multiple == 0):
             return token_mask
         if token_mask is None:
             token_mask = torch.ones(1, length, dtype=torch.bool, device=device)
@@ -853,6 +859,13 @@ class CATModel(CATPreTrainedModel):
             before = sum(config.depths[:stage])
             self.stages.append(CATStage(config, stage, rates[before : before + depth]))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if (quantization := getattr(config, "quantization_config", None)) is not None:
+            if getattr(quantization, "load_in_8bit", False):
+                raise ValueError(
+                    "`load_in_8bit` of bitsandbytes takes no token maps, which have more than three dimensions: use "
+                    "`load_in_4bit`, or the 8 bits of torchao."
+                )
+            make_plain(self)
         self.post_init()
 
     def features(

@@ -8,6 +8,7 @@ from transformers import (
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
+    AutoProcessor,
 )
 
 from .audio import load_audio
@@ -22,6 +23,8 @@ __version__ = "0.1.0"
 
 AutoConfig.register(CATConfig.model_type, CATConfig, exist_ok=True)
 AutoFeatureExtractor.register(CATConfig, CATFeatureExtractor, exist_ok=True)
+# Otherwise it looks for a tokenizer and an image processor first, and asks whether to run the code of a checkpoint.
+AutoProcessor.register(CATConfig, CATFeatureExtractor, exist_ok=True)
 AutoModel.register(CATConfig, CATModel, exist_ok=True)
 AutoModelForAudioClassification.register(CATConfig, CATForAudioClassification, exist_ok=True)
 

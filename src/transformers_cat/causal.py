@@ -182,10 +182,12 @@ def causal_loss(
 
 
 def class_targets(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels as targets T (n, C): class indices (n,) become one-hot rows, soft or multi-hot labels (n, C) stay.
+    """Labels as targets T (n, C): class indices (n,) or (n, 1) become one-hot rows, soft or multi-hot (n, C) stay.
 
     A negative index (the -100 that cross-entropy ignores) becomes a row of zeros, which the causal loss ignores too.
     """
+    if labels.ndim == 2 and labels.shape[1] == 1 < num_classes and not labels.is_floating_point():
+        labels = labels[:, 0]
     if labels.ndim == 2:
         return labels if labels.is_floating_point() else labels.float()
     return F.one_hot(labels.clamp(min=0).long(), num_classes).float() * (labels >= 0)[:, None]

@@ -13,12 +13,14 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
+    MRMF_ARGUMENTS,
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
     drop_local_code,
     validate_integers,
+    validate_mrmf,
     validate_numbers,
 )
 from .mrmf import MRMFSpectrogram
@@ -75,8 +77,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool = True,
         **kwargs,
     ):
-        # Before anything is derived from the arguments, since it validates them.
-        mrmf = MRMFSpectrogram(
+        # Before anything is derived from the arguments.
+        validate_mrmf(
             sampling_rate=sampling_rate,
             window_lengths=window_lengths,
             hop_lengths=hop_lengths,
@@ -89,8 +91,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             normalize_volume=normalize_volume,
         )
         validate_numbers(-1e37, 1e37, padding_value=padding_value)
-        kwargs["feature_size"] = len(filters) * len(window_lengths) * num_bins if do_mrmf else 1
-        super().__init__(sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        kwargs.pop("feature_size", None)
+        super().__init__(feature_size=1, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
         self.window_lengths = list(window_lengths)
         self.hop_lengths = list(hop_lengths)
         self.frame_shift = frame_shift
@@ -102,12 +104,30 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         self.normalize_volume = normalize_volume
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
-        self._mrmf = mrmf
+        self._mrmf = None
+
+    @property
+    def mrmf(self) -> MRMFSpectrogram:
+        """The front end for the attributes as they are now, kept until one of them changes."""
+        arguments = {name: getattr(self, name) for name in MRMF_ARGUMENTS}
+        arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        if self._mrmf is None or arguments != {name: getattr(self._mrmf, name) for name in MRMF_ARGUMENTS}:
+            self._mrmf = MRMFSpectrogram(**arguments)
+        return self._mrmf
+
+    @property
+    def feature_size(self) -> int:
+        """Values of a frame, or 1 for waveforms."""
+        return len(self.filters) * len(self.window_lengths) * self.num_bins if self.do_mrmf else 1
+
+    @feature_size.setter
+    def feature_size(self, value: int) -> None:
+        """Nothing, as it follows from the other attributes: the base class sets what it is given."""
 
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""
         dictionary = {name: value for name, value in self.__dict__.items() if name != "_mrmf"}
-        return {**dictionary, "feature_extractor_type": type(self).__name__}
+        return {**dictionary, "feature_size": self.feature_size, "feature_extractor_type": type(self).__name__}
 
     def save_pretrained(self, *args, **kwargs) -> list[str]:
         """As in transformers; but what is saved without its code does not name files that it lacks."""
@@ -150,6 +170,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
                 scaled, a type that is no audio, or a length that is not positive.
         """
         self._check_sampling_rate(sampling_rate)
+        if self.padding_side != "right":
+            raise ValueError(f'`padding_side` is {self.padding_side!r}, but clips are padded at their end: set "right".')
         lengths = {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
         validate_integers(1, 2**31, **{name: value for name, value in lengths.items() if value is not None})
         clips = self._as_clips(raw_speech)
@@ -190,8 +212,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         sample_mask = None if self.do_mrmf and masks.all() else torch.from_numpy(masks).to(device)
         if not self.do_mrmf:
             return values, sample_mask
-        self._mrmf.to(device)
-        values, frame_mask = self._mrmf(values.squeeze(-1), sample_mask)
+        values, frame_mask = self.mrmf.to(device)(values.squeeze(-1), sample_mask)
         if frame_mask is None:
             return values, torch.ones(values.shape[:2], dtype=torch.int32, device=values.device)
         return values.masked_fill_(~frame_mask[..., None], self.padding_value), frame_mask.int()

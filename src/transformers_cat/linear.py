@@ -20,7 +20,7 @@ def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     differentiated = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
     float32 = tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     plain = ONEDNN and tokens.device.type == "cpu" and float32 and type(weight) in (torch.Tensor, nn.Parameter)
-    if differentiated or not plain or torch.compiler.is_compiling():
+    if differentiated or not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return nn.functional.linear(tokens, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
 
@@ -38,3 +38,10 @@ class CATLinear(nn.Linear):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return linear(tokens, self.weight, self.bias)
+
+
+def make_plain(model: nn.Module) -> None:
+    """Turns the linear layers of a model into `nn.Linear`: quantisers pass over what is derived from it."""
+    for layer in model.modules():
+        if isinstance(layer, CATLinear):
+            layer.__class__ = nn.Linear
