@@ -134,7 +134,8 @@ def relative_position_index(window: tuple[int, int]) -> torch.Tensor:
 
     Row `(dt + w_t - 1) * (2 * w_f - 1) + (df + w_f - 1)` belongs to the offset (dt, df) of query from key.
     """
-    t, f = np.indices(window).reshape(2, -1)  # not tensors: those of a model that is built without memory hold no values
+    # Not by tensors: those of a model that is built without memory hold no values.
+    t, f = np.indices(window).reshape(2, -1)
     dt, df = t[:, None] - t[None, :], f[:, None] - f[None, :]
     return torch.from_numpy(((dt + window[0] - 1) * (2 * window[1] - 1) + df + window[1] - 1).flatten())
 
@@ -386,9 +387,7 @@ class CATStem(nn.Module):
             features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
             features = crop_time(features, half, 1)  # its length already; but so one expression where T is symbolic
             frame_mask = any_of(frame_mask, 2)
-            features = zero_padding(
-                self.activation(norm(features, frame_mask, norm.weight.requires_grad)), frame_mask
-            )
+            features = zero_padding(self.activation(norm(features, frame_mask, norm.weight.requires_grad)), frame_mask)
         return self.output(features.to(self.convolutions[0].weight.dtype))  # the layer's own may be quantised
 
 

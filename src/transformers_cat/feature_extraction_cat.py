@@ -171,7 +171,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         """
         self._check_sampling_rate(sampling_rate)
         if self.padding_side != "right":
-            raise ValueError(f'`padding_side` is {self.padding_side!r}, but clips are padded at their end: set "right".')
+            raise ValueError(f'`padding_side` is {self.padding_side!r}, but clips are padded at their end: "right".')
         lengths = {"max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
         validate_integers(1, 2**31, **{name: value for name, value in lengths.items() if value is not None})
         clips = self._as_clips(raw_speech)
