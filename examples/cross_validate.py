@@ -8,14 +8,15 @@ The five folds of ESC-50 with three seeds:
 
 All other flags are those of `run_audio_classification.py`, which runs once for each seed and fold into
 `seed<s>/fold<k>`. When the same command is given again, finished runs are kept and an interrupted one goes on from its
-last checkpoint; more seeds or folds may be asked for later. The result is that of the last epoch; with `--choose_epoch`
-the fold after the tested one is held out too and chooses the epoch. The tested fold never does.
+last checkpoint; more seeds or folds may be asked for later, beside those of before. The result is that of the last
+epoch; with `--choose_epoch` the fold after the tested one is held out too and chooses the epoch. The tested fold never
+does.
 
 There are no random folds: those of UrbanSound8K in particular must not be reshuffled. Data with a test split instead of
 folds (AudioSet) run once for each seed, into `seed<s>`.
 
-`summary.json` and `summary.md` hold every run with mean and standard deviation; `seed<s>/` the predictions of all
-folds together, with per-class scores and a confusion matrix.
+`summary.json` and `summary.md` hold the runs that were asked for, with mean and standard deviation; `seed<s>/` the
+predictions of all their folds together, with per-class scores and a confusion matrix.
 """
 
 import argparse
@@ -53,12 +54,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     return parser.parse_known_args(argv)
 
 
-def given_folds(flags: list[str], output_dir: Path) -> tuple[list[int], str | None, int]:
+def given_folds(flags: list[str], output_dir: Path, choose_epoch: bool = False) -> tuple[list[int], str | None, int]:
     """The folds of the data (none where they come in splits), their folder if they are one, the number of classes."""
     model_args, data_args, args = run.parse_arguments([*flags, "--output_dir", str(output_dir), "--do_train"])
     if data_args.test_folds or data_args.validation_folds or args.load_best_model_at_end or args.seed:
         raise ValueError(
             f"Cross-validation sets {OWN_FLAGS} itself: leave them out; see --folds, --seeds, --choose_epoch"
+        )
+    if choose_epoch and (args.average_last_epochs or not args.eval_strategy == args.save_strategy != "no"):
+        raise ValueError(
+            "--choose_epoch needs --eval_strategy and --save_strategy to be the same, not "
+            f"{args.eval_strategy.value} and {args.save_strategy.value}, and no --average_last_epochs"
         )
     loaded = run.load_data(data_args, model_args)
     if isinstance(loaded, DatasetDict):
@@ -159,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict:
         The content of `summary.json`.
     """
     args, flags = parse_arguments(argv)
-    existing, data, num_classes = given_folds(flags, args.output_dir)
+    existing, data, num_classes = given_folds(flags, args.output_dir, args.choose_epoch)
     check_folds(args, existing)
     folds = args.folds or existing or [None]
     note = "The given test split." if folds == [None] else comparability(data, folds, existing, num_classes)

@@ -125,7 +125,10 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Token for private repositories of the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a checkpoint."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace the checkpoint's head where the number of classes differs."}
+        default=False,
+        metadata={
+            "help": "Replace weights of the checkpoint that have another shape; the head of other classes always is."
+        },
     )
 
 
@@ -363,8 +366,9 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
             f"the folds {sorted(set(loaded['fold']))}" if "fold" in loaded.column_names else "neither folds nor splits"
         )
         raise ValueError(
-            f"Nothing is held out for the evaluation; the data come with {given}. Give --test_folds or an --eval_file, "
-            "or train on everything with --eval_strategy no"
+            f"Nothing is held out for the evaluation; the data come with {given}. Give --test_folds or, beside "
+            "--train_file, an --eval_file, put clips into a folder test/<class>/ beside train/<class>/, or train on "
+            "everything: with --eval_strategy no and without --do_eval"
         )
     return splits
 
@@ -438,11 +442,12 @@ def load_model(
     model = AutoModelForAudioClassification.from_pretrained(
         model_args.model_name_or_path,
         config=config,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or len(known) != len(names),
         **_hub_arguments(model_args),
     )
-    if known != names and len(known) == len(names):  # another number has replaced the head already
-        renew_head(model)
+    if known != names:
+        if len(known) == len(names):  # another number has replaced the head already
+            renew_head(model)
         logger.warning("The checkpoint knows other classes (%s, ...): its head is replaced by a new one.", known[0])
     return model
 
@@ -461,10 +466,8 @@ def renew_head(model: PreTrainedModel) -> None:
 def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):
     """The named feature extractor, the checkpoint's, or one made from a CAT configuration, with which it agrees."""
     name = model_args.feature_extractor_name or model_args.model_name_or_path
-    settings = {argument: getattr(config, argument, None) for argument in MRMF_ARGUMENTS}
-    settings = {argument: list(value) if isinstance(value, tuple) else value for argument, value in settings.items()}
     if name is None and isinstance(config, CATConfig):
-        return CATFeatureExtractor(**settings, return_attention_mask=model_args.attention_mask)
+        return CATFeatureExtractor.from_config(config, return_attention_mask=model_args.attention_mask)
     extractor = AutoFeatureExtractor.from_pretrained(
         name or model_args.config_name,
         return_attention_mask=model_args.attention_mask,
@@ -472,7 +475,8 @@ def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig)
     )
     if not (isinstance(config, CATConfig) and isinstance(extractor, CATFeatureExtractor)):
         return extractor
-    own = extractor.to_dict()
+    own, described = extractor.to_dict(), CATFeatureExtractor.from_config(config).to_dict()
+    settings = {argument: described[argument] for argument in MRMF_ARGUMENTS}
     differing = {key: (own[key], value) for key, value in settings.items() if own[key] != value}
     if differing and model_args.feature_extractor_name:
         raise ValueError(f"--feature_extractor_name differs from the model in (its value, the model's): {differing}")
@@ -618,9 +622,16 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
     elif args.load_best_model_at_end:
         if not clips.choose_epoch:
             logger.warning("The epoch is chosen on the clips that are reported on: the result will be too good.")
-    elif args.average_last_epochs:
-        pass  # the epochs are given: none is chosen
-    elif clips.choose_epoch and args.do_train and args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
+    elif not (clips.choose_epoch and args.do_train):
+        pass
+    elif args.average_last_epochs or not args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
+        logger.warning(
+            "The validation clips choose no epoch: that needs --eval_strategy and --save_strategy to be the same, not "
+            "%s and %s, and no --average_last_epochs.",
+            args.eval_strategy.value,
+            args.save_strategy.value,
+        )
+    else:
         args.load_best_model_at_end = True
         args.metric_for_best_model = args.metric_for_best_model or main_metric(problem_type)
         # TrainingArguments derives this only from a metric that is named on the command line.
@@ -647,9 +658,6 @@ def choose_muon(args: RecipeArguments, from_scratch: bool) -> bool:
 
 def build_collator(data_args: DataArguments, feature_extractor, num_labels: int, training: bool) -> AudioCollator:
     """The collator with the augmentations of the command line."""
-    gain_db = data_args.gain_db
-    if gain_db is None:
-        gain_db = 0.0 if getattr(feature_extractor, "normalize_volume", False) else 12.0
     return AudioCollator(
         feature_extractor,
         training=training,
@@ -657,7 +665,7 @@ def build_collator(data_args: DataArguments, feature_extractor, num_labels: int,
         mixup_probability=data_args.mixup_probability,
         mixup_alpha=data_args.mixup_alpha,
         time_roll=data_args.time_roll,
-        gain_db=gain_db,
+        gain_db=data_args.gain_db,
         speed=data_args.speed,
         # Without spectrograms there is nothing to mask yet.
         time_mask=0 if data_args.features_on_device else data_args.time_mask,
@@ -751,7 +759,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if trainer.is_world_process_zero() and args.do_train:
         history, folder = trainer.state.log_history, Path(args.output_dir)
         write_history(history, folder / "history.csv")
-        plot_learning_curves(history, folder / "learning_curve.png", main_metric(problem_type))
+        if any({"loss", "eval_loss"} & entry.keys() for entry in history):
+            plot_learning_curves(history, folder / "learning_curve.png", main_metric(problem_type))
     if args.do_train or args.push_to_hub:
         publish(trainer, results)
     if trainer.is_world_process_zero():

@@ -169,6 +169,16 @@ def test_a_clip_that_the_model_refuses_does_not_stop_its_batch(folder, checkpoin
     assert results[0][2] and results[1][2] is None
 
 
+def test_scores_that_are_no_numbers_are_an_error(folder, capsys, checkpoint, tmp_path):
+    """As of weights that were damaged."""
+    model = CATForAudioClassification.from_pretrained(checkpoint)
+    torch.nn.init.constant_(model.classifier.weight, torch.nan)
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    model.save_pretrained(damaged)
+    status, out, err = run(capsys, "classify", folder / "a.wav", "--model", damaged)
+    assert status == 1 and out == "" and "a.wav: the model gives no number" in err
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", "single_label_classification", "regression"])
 def test_scores_are_those_of_the_problem_in_every_release(folder, capsys, tmp_path, monkeypatch, problem):
     torch.manual_seed(0)
@@ -287,6 +297,11 @@ def test_info_shows_the_results_of_the_card(checkpoint, tmp_path, capsys):
     data = ModelCardData(model_name="model", eval_results=[result])
     ModelCard(f"---\n{data.to_yaml()}\n---\nText").save(folder / "README.md")
     assert "results       Accuracy 0.8125 (Some sounds, fold 3)\n" in run(capsys, "info", folder)[1]
+    result.metric_value = "81 %"
+    ModelCard(f"---\n{ModelCardData(model_name='model', eval_results=[result]).to_yaml()}\n---\n").save(
+        folder / "README.md"
+    )
+    assert "results       Accuracy 81 % (Some sounds, fold 3)\n" in run(capsys, "info", folder)[1]
     (folder / "README.md").write_text("---\nmodel-index:\n- name: without results\n---\nText")
     assert "results       none stated\n" in run(capsys, "info", folder)[1]
 

@@ -166,6 +166,13 @@ def test_attributes_that_are_set_count(clips):
     assert extractor.mrmf is extractor.mrmf
 
 
+def test_the_front_end_of_a_configuration():
+    config = small_config(normalize_volume=True, filters=("mel",), num_bins=32)
+    extractor = CATFeatureExtractor.from_config(config, do_mrmf=False)
+    expected = CATFeatureExtractor(normalize_volume=True, filters=("mel",), num_bins=32, do_mrmf=False)
+    assert extractor.to_dict() == expected.to_dict()
+
+
 def test_padding_before_a_clip_is_refused(clips):
     with pytest.raises(ValueError, match="padding_side.*'left'.*right"):
         CATFeatureExtractor(padding_side="left")(clips, sampling_rate=RATE)

@@ -18,6 +18,7 @@ from .configuration_cat import (
     NUM_BINS,
     SAMPLING_RATE,
     WINDOW_LENGTHS,
+    CATConfig,
     drop_local_code,
     validate_integers,
     validate_mrmf,
@@ -123,6 +124,11 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     @feature_size.setter
     def feature_size(self, value: int) -> None:
         """Nothing, as it follows from the other attributes: the base class sets what it is given."""
+
+    @classmethod
+    def from_config(cls, config: CATConfig, **kwargs) -> "CATFeatureExtractor":
+        """The front end that a model's configuration describes; other arguments as those of the class."""
+        return cls(**{name: getattr(config, name) for name in MRMF_ARGUMENTS}, **kwargs)
 
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""

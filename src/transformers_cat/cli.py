@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
@@ -85,7 +85,9 @@ def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_
                 except Exception as error:
                     errors[file] = error
         for file in batch:
-            if file in scores:
+            if file in scores and not all(isfinite(item["score"]) for item in scores[file]):
+                errors[file] = ValueError("the model gives no number for it: are its weights damaged?")
+            if file not in errors:
                 yield file, len(clips[file]) / rate, scores[file], None
             else:
                 yield file, 0.0, None, errors[file]
@@ -196,7 +198,8 @@ def info(arguments: argparse.Namespace) -> int:
             print(f"{title.replace('_', ' ') if index == 0 else '':13} {name}: {value}")
     for index, one in enumerate(facts["results"]):
         where = ", ".join(filter(None, (one["dataset"], one["split"])))
-        print(f"{'results' if index == 0 else '':13} {one['metric']} {one['value']:.4g} ({where})")
+        value = f"{one['value']:.4g}" if isinstance(one["value"], int | float) else one["value"]
+        print(f"{'results' if index == 0 else '':13} {one['metric']} {value} ({where})")
     if not facts["results"]:
         print("results       none stated")
     return 0
@@ -250,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("classify", help="name the sounds in files")
-    command.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs")
+    command.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs, next to each other")
     command.add_argument("--model", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here")
     command.add_argument("--top", type=_positive, default=5, help="labels for each file, likeliest first; default: 5")
     output = command.add_mutually_exclusive_group()

@@ -121,6 +121,8 @@ def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
         (["--test_folds", "1"], "sets --test_folds, .* itself"),
         (["--load_best_model_at_end"], "sets --test_folds, .* itself"),
         (["--seed", "3"], "sets --test_folds, .* itself"),
+        (["--choose_epoch", "--eval_strategy", "no"], "to be the same, not no and epoch"),
+        (["--choose_epoch", "--average_last_epochs", "2"], "no --average_last_epochs"),
     ],
 )
 def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, more, message):

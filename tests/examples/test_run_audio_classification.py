@@ -323,6 +323,13 @@ def test_mean_of_the_last_epochs(script, folder, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["last_epoch_accuracy"] >= 0
 
 
+def test_a_training_that_logs_no_loss_leaves_its_model(script, folder, tmp_path):
+    output, silent = tmp_path / "out", "--logging_strategy no --eval_strategy no".split()
+    script.main(arguments(folder, output, "--do_train", "--max_steps", "1", *silent))
+    assert (output / "model.safetensors").is_file() and (output / "results.json").is_file()
+    assert not (output / "learning_curve.png").exists()
+
+
 def test_averaging_chooses_no_epoch(script, folder, tmp_path):
     flags = ["--do_train", "--validation_folds", "2", "--average_last_epochs", "2"]
     model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, *flags))
@@ -549,6 +556,13 @@ class TestClips:
         assert args.load_best_model_at_end is True and args.metric_for_best_model == "accuracy"
         assert set(clips.watched["fold"]) == {3} and set(clips.reported["fold"]) == {1}
 
+    def test_validation_that_chooses_nothing_is_a_warning(self, script, folder, tmp_path, caplog):
+        clips, args = self.clips(
+            script, folder, tmp_path, "--do_train", "--validation_folds", "3", "--eval_strategy", "no"
+        )
+        assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is False
+        assert "choose no epoch" in caplog.text and "not no and epoch" in caplog.text
+
     def test_limits(self, script, folder, tmp_path):
         flags = ["--do_train", "--max_train_samples", "5", "--max_eval_samples", "2"]
         clips, _ = self.clips(script, folder, tmp_path, *flags)
@@ -604,14 +618,17 @@ class TestLabels:
     def test_other_classes_make_a_new_head(self, script):
         assert script.choose_labels(self.Config, ["a", "b"], from_scratch=False, do_train=True) == ["a", "b"]
 
-    @pytest.mark.parametrize(("names", "kept"), [(["x", "y", "z"], False), (["high", "low", "middle"], True)])
-    def test_as_many_other_classes_make_a_new_head_too(self, script, run, names, kept):
+    @pytest.mark.parametrize(
+        ("names", "kept"), [(["x", "y"], False), (["x", "y", "z"], False), (["high", "low", "middle"], True)]
+    )
+    def test_a_model_of_other_classes_has_a_new_head(self, script, run, names, kept):
         model_args, _, _ = script.parse_arguments(
             ["--data", "x", "--output_dir", "y", "--do_eval", "--model_name_or_path", str(run[0])]
         )
         model = script.load_model(model_args, script.load_config(model_args), names, script.SINGLE_LABEL)
         before = CATForAudioClassification.from_pretrained(run[0])
         assert torch.equal(model.classifier.weight, before.classifier.weight) == kept
+        assert len(model.classifier.weight) == len(names)
         assert model.classifier.weight.abs().max() > 0 and list(model.config.id2label.values()) == names
         for (name, ours), theirs in zip(model.cat.named_parameters(), before.cat.parameters()):
             assert torch.equal(ours, theirs), name

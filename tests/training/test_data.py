@@ -12,6 +12,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, List, Value
 from transformers_cat.training import data
 from transformers_cat.training.data import (
     EMPTY,
+    NOT_FINITE,
     TRUNCATED,
     align_labels,
     as_multi_label,
@@ -490,6 +491,14 @@ class TestValidation:
         self.broken(tmp_path)
         assert audio_problem(str(tmp_path / name)) == problem
         assert audio_problem({"bytes": (tmp_path / name).read_bytes(), "path": name}) == problem
+
+    def test_samples_that_are_no_numbers(self, tmp_path):
+        samples = np.zeros(2 * RATE, dtype=np.float32)
+        soundfile.write(tmp_path / "float.wav", samples, RATE, subtype="FLOAT")
+        assert audio_problem(str(tmp_path / "float.wav")) is None
+        samples[RATE + 1] = np.nan
+        soundfile.write(tmp_path / "float.wav", samples, RATE, subtype="FLOAT")
+        assert audio_problem(str(tmp_path / "float.wav")) == NOT_FINITE
 
     def test_error_names_the_files(self, tmp_path):
         with pytest.raises(ValueError, match=r"6 of 7 clips .*half\.flac.*text\.wav.* 1 more .*on_bad_audio='skip'"):

@@ -58,6 +58,13 @@ def test_learning_curves_without_evaluation(tmp_path, figures):
     assert [line.get_label() for line in figures[0].axes[0].lines] == ["training"]
 
 
+def test_learning_curves_below_zero(tmp_path, figures):
+    """Where a causal loss, which may be negative, is the larger part."""
+    plot_learning_curves([{"epoch": 1.0, "loss": 0.1}, {"epoch": 2.0, "loss": -0.3}], tmp_path / "curve.png")
+    low, high = figures[0].axes[0].get_ylim()
+    assert low <= -0.3 and high >= 0.1
+
+
 def test_learning_curves_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="neither loss nor eval_loss"):
         plot_learning_curves([{"epoch": 1.0, "train_runtime": 3.0}], tmp_path / "curve.png")

@@ -72,6 +72,13 @@ def test_evaluation_is_not_augmented(make_trainer):
     assert next(iter(trainer.get_train_dataloader()))["labels"].dtype == torch.float32
 
 
+def test_no_clip_is_dropped_in_evaluation(make_trainer):
+    trainer = make_trainer(dataloader_drop_last=True, per_device_train_batch_size=5, per_device_eval_batch_size=2)
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [5]
+    for loader in (trainer.get_eval_dataloader(), trainer.get_test_dataloader(trainer.eval_dataset)):
+        assert [len(batch["labels"]) for batch in loader] == [2, 1]
+
+
 def test_predictions_are_the_logits_alone(make_trainer):
     predictions = make_trainer().predict([noise(1), noise(2)]).predictions
     assert isinstance(predictions, np.ndarray) and predictions.shape == (2, 5)

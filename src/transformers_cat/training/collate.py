@@ -39,7 +39,7 @@ class AudioCollator:
             reference [29].
         time_roll: largest cyclic shift, as a share of the clip's length.
         gain_db: largest gain, up or down, in dB: recordings differ in volume, and a model that has not heard that takes
-            it for a property of the sound.
+            it for a property of the sound. By default 12, or none where the extractor normalises the volume.
         time_mask: bound on the width of SpecAugment's time band, in frames (10 ms); at most half of a clip.
         freq_mask: bound on the width of SpecAugment's frequency band, in bins of the first filter bank.
         speed: largest factor, up or down, by which a clip is played faster, higher with it; drawn log-uniformly. The
@@ -64,7 +64,7 @@ class AudioCollator:
     mixup_probability: float = 0.5
     mixup_alpha: float = 1.0
     time_roll: float = 1.0
-    gain_db: float = 12.0
+    gain_db: float | None = None
     time_mask: int = 48
     freq_mask: int = 12
     speed: float = 1.25
@@ -77,6 +77,8 @@ class AudioCollator:
             raise ValueError(f"mixup_alpha must be positive, not {self.mixup_alpha}; mixup_probability=0 is no mixup")
         if not 0 <= self.time_roll <= 1:
             raise ValueError(f"time_roll is a share of the clip in [0, 1], not {self.time_roll}")
+        if self.gain_db is None:
+            self.gain_db = 0.0 if getattr(self.feature_extractor, "normalize_volume", False) else 12.0
         if self.gain_db < 0:
             raise ValueError(f"gain_db must not be negative, not {self.gain_db}")
         if self.speed < 1:

@@ -42,6 +42,7 @@ LABEL_SEPARATOR = ";"
 # 1-100032-A-0: fold, recording, take, target; 101415-3-0-2: recording, class, occurrence, slice.
 FREESOUND_NAME = re.compile(r"\d-(?P<esc50>\d+)-[A-Z]-\d+|(?P<urbansound8k>\d+)-\d+-\d+-\d+")
 EMPTY, TRUNCATED = "it holds no samples", "it is truncated: it ends before its header says"
+NOT_FINITE = "it holds NaN or infinite samples"
 LARGEST_DECLARED = 0x7FFF0000  # bytes
 LAYOUTS = (
     "ESC-50 (meta/esc50.csv and audio/), UrbanSound8K (metadata/UrbanSound8K.csv and audio/foldN/), "
@@ -518,7 +519,10 @@ def _raw_audio(dataset: Dataset) -> list:
 
 
 def audio_problem(clip: str | dict) -> str | None:
-    """Why a clip cannot be read to its end, or None. Only its header and its last sample are looked at."""
+    """Why a clip cannot be read to its end, or None. Only its header and its last sample are looked at.
+
+    Of samples in floating point all are, since they may be no numbers.
+    """
     path = clip if isinstance(clip, str) else clip["path"]
     encoded = None if isinstance(clip, str) else clip["bytes"]
     try:
@@ -536,6 +540,10 @@ def audio_problem(clip: str | dict) -> str | None:
             complete = len(file.read(1)) > 0
         except soundfile.LibsndfileError:
             complete = False
+        if complete and file.subtype in ("FLOAT", "DOUBLE"):  # which alone can hold what is no number
+            file.seek(0)
+            if not all(np.isfinite(block).all() for block in file.blocks(2**16, dtype="float32")):
+                return NOT_FINITE
         return None if complete and not _says_truncated(file.extra_info) else TRUNCATED
 
 

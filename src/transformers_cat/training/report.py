@@ -61,7 +61,7 @@ def plot_learning_curves(log_history: Sequence[dict], path: str | Path, metric: 
             upper.plot(*curves[key], marker=".", label=name)
     lower.plot(*curves[f"eval_{metric}"], marker=".", color="tab:green")
     upper.set_ylabel("loss")
-    upper.set_ylim(0, 1.05 * max(curves["loss"][1] + curves["eval_loss"][1]))
+    upper.set_ylim(bottom=min(0, *curves["loss"][1], *curves["eval_loss"][1]))  # a causal loss may lie below zero
     upper.legend()
     lower.set_ylabel(f"{metric} (evaluation)")
     lower.set_ylim(0, 1.02)

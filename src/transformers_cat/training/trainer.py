@@ -85,19 +85,21 @@ class AudioTrainer(Trainer):
         return self.args.train_sampling_strategy == "random" and hasattr(self.train_dataset, "__len__")
 
     @contextmanager
-    def _without_augmentation(self):
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
+    def _for_evaluation(self):
+        """Without augmentation, and of all clips: `dataloader_drop_last` is for training."""
+        collator, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
             yield
         finally:
-            self.data_collator = training_collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def get_eval_dataloader(self, eval_dataset=None):
-        with self._without_augmentation():
+        with self._for_evaluation():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        with self._without_augmentation():
+        with self._for_evaluation():
             return super().get_test_dataloader(test_dataset)
 
     # Steps
