@@ -302,8 +302,9 @@ def test_info_shows_the_results_of_the_card(checkpoint, tmp_path, capsys):
         folder / "README.md"
     )
     assert "results       Accuracy 81 % (Some sounds, fold 3)\n" in run(capsys, "info", folder)[1]
-    (folder / "README.md").write_text("---\nmodel-index:\n- name: without results\n---\nText")
-    assert "results       none stated\n" in run(capsys, "info", folder)[1]
+    for wrong in ("model-index:\n- name: without results", "a: ["):
+        (folder / "README.md").write_text(f"---\n{wrong}\n---\nText")
+        assert "results       none stated\n" in run(capsys, "info", folder)[1]
 
 
 def test_info_adds_up_shards_and_does_without_weights(checkpoint, tmp_path):

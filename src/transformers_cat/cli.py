@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from math import isfinite, prod
 from pathlib import Path
@@ -150,8 +151,8 @@ def describe(model: str | Path) -> dict:
     files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     card, results = folder / "README.md", []
     if card.is_file():
-        # Of a card that says it wrongly, the rest is worth to be shown.
-        results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
+        with suppress(Exception):  # of a card that says it wrongly, the rest is worth to be shown
+            results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
     return {
         "model": str(folder),
         "model_type": config.model_type,
