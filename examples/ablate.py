@@ -31,9 +31,13 @@ from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import plot_means, write_json, write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
-ONE_SPECTROGRAM = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320]}  # 25 ms and 10 ms at 32 kHz
 WITH_CAUSAL = {"causal_loss_weight": 1, "reconstruction_loss_weight": 1}  # the paper's weights
 CAUSAL_COLUMNS = {"w/o CL": WITHOUT_CAUSAL, "w. CL": WITH_CAUSAL}
+
+
+def one_window(config) -> dict:
+    """Of 25 ms, on the time grid."""
+    return {"window_lengths": [round(0.025 * config.sampling_rate)], "hop_lengths": [config.frame_shift]}
 
 
 def global_attention(config) -> dict:
@@ -56,7 +60,7 @@ def parts(config) -> dict[str, dict]:
         "as configured": {},
         "mel filters alone": {"filters": ["mel"]},
         "linear filters alone": {"filters": ["linear"]},
-        "one window, 25 ms": {"window_lengths": [800], "hop_lengths": [320]},
+        "one window, 25 ms": one_window(config),
         "the same hop for all windows": {"hop_lengths": [config.frame_shift] * len(config.window_lengths)},
         "no exchange between resolutions": {"exchange_dim": 0},
         "no positions": {"use_position_embedding": False},
@@ -76,7 +80,11 @@ def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]
     if args.table == "e":
         return {name: {"CAT": (overrides, [])} for name, overrides in parts(base).items()}
     backbones = {"AST": global_attention(base), "CAT": {}}
-    rows = {"plain": {**ONE_SPECTROGRAM, **WITHOUT_CAUSAL}, "+ MRMF": WITHOUT_CAUSAL, "+ MRMF + CL": WITH_CAUSAL}
+    rows = {
+        "plain": {"filters": ["mel"], **one_window(base), **WITHOUT_CAUSAL},
+        "+ MRMF": WITHOUT_CAUSAL,
+        "+ MRMF + CL": WITH_CAUSAL,
+    }
     return {
         name: {backbone: ({**shape, **overrides}, []) for backbone, shape in backbones.items()}
         for name, overrides in rows.items()

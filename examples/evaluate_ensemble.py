@@ -63,6 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
+    if args.test_folds and not args.data:
+        parser.error("--test_folds chooses the clips of --data that models hear; scores have theirs")
     if (args.models or args.panns is not None) and not args.data:
         parser.error("--models and --panns need the clips: give --data")
     if not (args.models or args.scores or args.panns is not None):

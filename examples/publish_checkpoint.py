@@ -29,6 +29,9 @@ def check_same_recipe(own: dict, others: list[dict]) -> None:
             ours, theirs = own["arguments"][part], other["arguments"][part]
             if differing := {key for key in ours if ours[key] != theirs.get(key)} - ignored[part]:
                 raise ValueError(f"The cross-validation had other arguments than the model: {sorted(differing)}")
+        for start in ("model_name_or_path", "init_from"):
+            if own["arguments"]["model"].get(start) != other["arguments"]["model"].get(start):
+                raise ValueError(f"The cross-validation had another --{start} than the model")
         if own["config"] != other["config"]:
             raise ValueError("The cross-validation had another configuration than the model")
 
@@ -48,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         check_same_recipe(own, folds)
     model = CATForAudioClassification.from_pretrained(arguments.model)
     extractor = CATFeatureExtractor.from_pretrained(arguments.model)
-    dataset = arguments.dataset or known_dataset(own["arguments"]["data"]["data"], model.config.num_labels)
+    data = own["arguments"]["data"]
+    data = data["dataset_name"] or data["data"] or data["train_file"]
+    dataset = arguments.dataset or known_dataset(data, model.config.num_labels)
     with include_code(model, extractor):
         model.save_pretrained(arguments.output_dir)
         extractor.save_pretrained(arguments.output_dir)

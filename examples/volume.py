@@ -96,7 +96,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     dataset = without_only_split(load_audio_dataset(args.data))
-    results = {runs.name: measure(runs, dataset, args.decibels) for runs in args.runs}
+    named = {runs.name for runs in args.runs}
+    results = {
+        runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, args.decibels)
+        for runs in args.runs
+    }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "results.json", results)
     (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")

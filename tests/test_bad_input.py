@@ -411,13 +411,15 @@ class TestLabels:
             (None, 1, torch.zeros(2, 1)),
             ("single_label_classification", 5, torch.full((2, 5), 0.2)),
             ("multi_label_classification", 5, torch.ones(2, 5)),
+            ("multi_label_classification", 5, torch.ones(2, 5, dtype=torch.long)),
             ("regression", 5, torch.randn(2, 5)),
         ],
     )
     def test_what_the_loss_takes_stays_allowed(self, problem_type, num_labels, labels):
         model = CATForAudioClassification(small_config(problem_type=problem_type, num_labels=num_labels)).eval()
         for mode in (model.eval(), model.train()):
-            assert mode(torch.randn(2, 8, 384), labels=labels).loss.isfinite()
+            output = mode(torch.randn(2, 8, 384), labels=labels, output_pns=True)
+            assert output.loss.isfinite() and output.pns.isfinite().all()
 
 
 class TestResample:

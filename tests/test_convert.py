@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from transformers import ASTConfig, ASTModel, ClapAudioConfig, ClapAudioModel, SwinConfig, SwinModel
@@ -115,6 +117,15 @@ def test_a_folder_is_loaded(tmp_path):
 def test_another_width_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\(16, 3, 4, 4\).*\(32, 3, 4, 4\)"):
         load_trunk(CATModel(cat_config()), swin(embed_dim=32))
+
+
+@pytest.mark.parametrize("depths", [(2, 2, 4), (2, 2, 1), (2, 2)])
+def test_other_depths_are_refused_by_name(depths):
+    """A deeper source would lose its last blocks, a shallower one leave some as they are."""
+    heads = (2, 4, 8)[: len(depths)]
+    source = SwinModel(SwinConfig(embed_dim=16, depths=list(depths), num_heads=list(heads)))
+    with pytest.raises(ValueError, match=rf"`depths`.*{re.escape(str(list(depths)))}"):
+        load_trunk(CATModel(cat_config()), source)
 
 
 def test_what_is_no_swin_is_refused():

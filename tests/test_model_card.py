@@ -159,6 +159,16 @@ def test_what_chose_the_epoch(model, clips, best, expected):
     assert expected in words(model_card(model, "x", [measured]))
 
 
+def test_a_run_that_trained_nothing_says_nothing_of_training(model):
+    text = words(model_card(model, "m", [run(arguments__training__do_train=False, clips={"train": 8, "test": 80})]))
+    assert "no epoch was chosen" not in text and "None" not in text and "| not known |" in text
+
+
+def test_a_local_folder_is_no_data_set_of_the_hub(model):
+    card = model_card(model, "m", [run(arguments__data__dataset_name="/home/jane/esc10")])
+    assert "jane" not in str(card) and card.data.datasets is None
+
+
 def test_averaged_weights_are_said(model):
     text = words(model_card(model, "user/mean", [run(arguments__training__average_last_epochs=5)]))
     assert "mean of the last 5 epochs'" in text and "--average_last_epochs 5" in text

@@ -455,6 +455,21 @@ def test_frame_logits_average_to_the_logits(small_model, real_clips):
     assert small_model(**batch).frame_logits is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_short_clip_in_odd_windows_does_not_depend_on_its_batch(tokens):
+    """Of which the smaller half stays together when they are shifted."""
+    torch.manual_seed(0)
+    model = awaken(
+        CATModel(small_config(window_size=3, num_bins=48, depths=(2, 1), num_heads=(2, 4), stem_channels=()))
+    )
+    features, mask = torch.randn(2, 40, 288), torch.ones(2, 40)
+    frames = tokens * model.config.patch_size[0]
+    mask[0, frames:] = 0
+    together = model.eval()(features, mask).pooler_output[0]
+    torch.testing.assert_close(model(features[:1, :frames]).pooler_output[0], together, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("frames", [1, 15, 16, 17, 32, 40, 63, 64, 65, 130])
 @pytest.mark.parametrize("depths", [(2, 2, 1), (1, 1, 2)])
 def test_a_short_clip_needs_no_whole_window(monkeypatch, depths, frames):

@@ -284,7 +284,8 @@ def _dataset_name(run: Mapping | None) -> str | None:
 
 
 def _hub_dataset(run: Mapping | None) -> list[str] | None:
-    return [_data(run)["dataset_name"]] if run and _data(run).get("dataset_name") else None
+    name = _data(run).get("dataset_name") if run else None
+    return None if _is_path(name) else [name]
 
 
 def _source(run: Mapping | None) -> str | None:
@@ -296,8 +297,12 @@ def _source(run: Mapping | None) -> str | None:
 def _base_model(run: Mapping | None) -> str | None:
     """The source, where it is one of the Hub."""
     source = _source(run)
-    is_path = source is None or source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists()
-    return None if is_path else source
+    return None if _is_path(source) else source
+
+
+def _is_path(name: str | None) -> bool:
+    """Whether a name, or none, is no id on the Hub."""
+    return name is None or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
 def _start(run: Mapping | None) -> str:
@@ -316,9 +321,14 @@ def _evaluated_on(run: Mapping) -> str:
     return _data(run).get("eval_split_name") or ("test" if "test" in run["clips"] else "validation")
 
 
+def _trained(run: Mapping) -> bool:
+    """Whether the run trained the model; otherwise it says nothing of how that was done."""
+    return run["arguments"]["training"].get("do_train", True)
+
+
 def _chosen_epoch(run: Mapping | None) -> str | None:
     """Which epoch is reported, and whether the reported clips had a say in it."""
-    if run is None:
+    if run is None or not _trained(run):
         return None
     if averaged := run["arguments"]["training"].get("average_last_epochs"):
         return f"The weights are the mean of the last {averaged} epochs'; no epoch was chosen by its score."
@@ -333,7 +343,7 @@ def _row(run: Mapping, metrics: Sequence) -> dict:
     """One line of the table of runs."""
     return {
         "on": _evaluated_on(run),
-        "trained": run["clips"].get("train", 0),
+        "trained": run["clips"].get("train", 0) if _trained(run) else "not known",
         "clips": run["metrics"].get("eval_clips", 0),
         "seed": run["arguments"]["training"]["seed"],
         "values": [form.format(run["metrics"][f"eval_{key}"]) for key, _, form in metrics],

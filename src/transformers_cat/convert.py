@@ -1,5 +1,6 @@
 """Starting weights from other Swin trunks: transformers' `SwinModel` (ImageNet) and `ClapAudioModel` (HTS-AT)."""
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -53,7 +54,9 @@ class LoadingReport:
 
 
 @torch.no_grad()
-def load_trunk(model: CATModel | CATForAudioClassification, source: PreTrainedModel | str, **kwargs) -> LoadingReport:
+def load_trunk(
+    model: CATModel | CATForAudioClassification, source: PreTrainedModel | str | os.PathLike, **kwargs
+) -> LoadingReport:
     """Starts the trunk of `model` from the weights of a Swin; the position embedding's gate then starts at 0.
 
     The source needs the same widths and depths. What differs otherwise is adapted: the channels of the patch kernel to
@@ -70,7 +73,7 @@ def load_trunk(model: CATModel | CATForAudioClassification, source: PreTrainedMo
     Raises:
         ValueError: The source is no Swin, or has other widths or depths; the message names the first difference.
     """
-    if isinstance(source, str):
+    if isinstance(source, (str, os.PathLike)):
         source = AutoModel.from_pretrained(source, **kwargs)
     source = getattr(source, "audio_model", source.base_model)  # the audio tower of a whole CLAP
     if source.config.model_type not in ("swin", "clap_audio_model"):
@@ -79,6 +82,11 @@ def load_trunk(model: CATModel | CATForAudioClassification, source: PreTrainedMo
             f"(model type {source.config.model_type!r})."
         )
     model = model.base_model
+    if list(source.config.depths) != list(model.config.depths):
+        raise ValueError(
+            f"`depths` is {list(model.config.depths)} in CAT and {list(source.config.depths)} in the source: give CAT "
+            "those of the source."
+        )
     transposed = source.config.model_type == "clap_audio_model"
     weights, report = _renamed(source), LoadingReport()
     for name, parameter in model.named_parameters():

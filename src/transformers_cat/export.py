@@ -23,7 +23,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
-from .configuration_cat import MRMF_ARGUMENTS
+from .configuration_cat import MRMF_ARGUMENTS, drop_local_code
 from .feature_extraction_cat import CATFeatureExtractor
 from .modeling_cat import CATForAudioClassification
 
@@ -118,6 +118,7 @@ def export(
         write_onnx(program, path)
     else:
         torch.export.save(program, path)
+    drop_local_code(exported.config)
     exported.config.save_pretrained(folder)
     extractor.save_pretrained(folder)
 

@@ -751,11 +751,11 @@ class CATStage(nn.Module):
         """Window and shift for `length` time steps: with window_size=None all of them, else those of the stage.
 
         But for a clip that the stage sees in one part of a window, the rest of which would be padding, no more than
-        that part: the result is the same. (Of a shifted window, the first half of the time steps stays together.)
+        that part: the result is the same. (Of a shifted window, as many time steps as it is shifted by stay together.)
         """
         if self.window is None:
             return (length, bins), (0, 0)
-        undivided = self.window[0] - (self.shift[0] if len(self.blocks) > 1 else 0)
+        undivided = (self.shift[0] if len(self.blocks) > 1 else 0) or self.window[0]
         if isinstance(length, int) and length <= undivided:  # a graph for every length has the whole window
             return (length, self.window[1]), (0, self.shift[1])
         return self.window, self.shift
@@ -1083,6 +1083,8 @@ class CATForAudioClassification(CATPreTrainedModel):
             self.validate_labels(labels, len(logits))
         if self.config.problem_type == "single_label_classification" and labels.is_floating_point():
             return nn.functional.cross_entropy(logits, labels.to(logits))
+        if self.config.problem_type == "multi_label_classification":
+            labels = labels.to(logits)
         return self.loss_function(labels, logits, self.config)
 
     def validate_labels(self, labels: torch.Tensor, clips: int) -> None:
@@ -1124,7 +1126,7 @@ class CATForAudioClassification(CATPreTrainedModel):
     def pns(self, latents: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """max(0, U) of each feature for the labels, or for the prediction: (B, d)."""
         multi_label = self.config.problem_type == "multi_label_classification"
-        if labels is not None:
+        if labels is not None and self.config.problem_type != "regression":
             targets = class_targets(labels, self.num_labels)
         elif multi_label:
             targets = (logits > 0).float()

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,9 @@ def test_volume(example, folder, tmp_path):
     assert results["0"] == pytest.approx(summary["mean"])  # folds of one size
     assert results["-120"] == 0.5  # silence: one class for all
     assert (tmp_path / "out" / "table.md").read_text().startswith("|  | -120 dB | 0 dB |")
+    again = shutil.copytree(tmp_path / "tones", tmp_path / "again" / "tones")
+    command[command.index("--runs") + 1 : command.index("--runs") + 2] = [str(tmp_path / "tones"), str(again)]
+    assert set(script.main([*command, "--decibels", "0"])) == {str(tmp_path / "tones"), str(again)}
 
 
 def test_publish(example, folder, tmp_path):
@@ -162,6 +166,19 @@ def test_publish(example, folder, tmp_path):
     example("cross_validate").main(flags(folder, tmp_path / "cv2", "--folds", "1", "--gain_db", "1"))
     command[3] = tmp_path / "cv2"
     with pytest.raises(ValueError, match=r"had other arguments than the model: \['gain_db'\]"):
+        publish([*map(str, command)])
+    results = json.loads((tmp_path / "all" / "results.json").read_text())
+    results["arguments"]["data"].update(data=None, train_file="tones.csv")
+    (tmp_path / "all" / "results.json").write_text(json.dumps(results))
+    publish([*map(str, command[:2]), *map(str, command[4:])])
+    assert "tones.csv" in (tmp_path / "out" / "README.md").read_text()
+    results["arguments"]["data"] = json.loads((tmp_path / "cv/seed0/fold1/results.json").read_text())["arguments"][
+        "data"
+    ]
+    results["arguments"]["model"]["init_from"] = "someone/swin"
+    (tmp_path / "all" / "results.json").write_text(json.dumps(results))
+    command[3] = tmp_path / "cv"
+    with pytest.raises(ValueError, match="another --init_from"):
         publish([*map(str, command)])
 
 

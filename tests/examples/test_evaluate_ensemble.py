@@ -85,6 +85,12 @@ def test_models_of_different_kinds(script, folder, tmp_path):
     assert script.main(files)["ensemble"] == results["ensemble"]
 
 
+def test_folds_are_those_of_data(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--scores", "a.csv", "--test_folds", "1", "--output_dir", str(tmp_path)])
+    assert "--test_folds chooses the clips of --data" in capsys.readouterr().err
+
+
 def test_other_classes_are_refused(script, folder, tmp_path):
     (tmp_path / "pann.csv").write_text("path,Dog,rain\n" + "".join(f"{i}.wav,0.5,0.5\n" for i in range(4)))
     command = ["--data", f"{folder}/clips.csv", "--models", str(folder / "cat"), "--scores", str(tmp_path / "pann.csv")]
