@@ -407,7 +407,7 @@ class TestLabels:
             (None, 5, torch.tensor([0, 4])),
             (None, 5, torch.tensor([[0], [4]])),
             (None, 5, torch.tensor([-100, 4])),
-            (None, 1, torch.zeros(2)),
+            (None, 1, torch.tensor([2.5, 3.0])),
             (None, 1, torch.zeros(2, 1)),
             ("single_label_classification", 5, torch.full((2, 5), 0.2)),
             ("multi_label_classification", 5, torch.ones(2, 5)),
