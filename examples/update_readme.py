@@ -79,6 +79,13 @@ def volumes(results: dict) -> str:
     return volume.table(results)
 
 
+def speed(results: dict) -> str:
+    """The table of speeds.py."""
+    import speeds
+
+    return speeds.table(results)
+
+
 def benchmark(results: dict) -> str:
     """The tables of benchmark.py."""
     import benchmark
@@ -119,6 +126,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "volume": ("volume/results.json", None, volumes),
+    "speeds": ("speeds/results.json", None, speed),
     "ablation": ("table_e/results.json", None, ablation),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),
