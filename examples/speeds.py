@@ -61,11 +61,11 @@ def scores_at(folder: Path, clips: Dataset, speed: float) -> Scores:
 
 def table(results: dict) -> str:
     """The folds at each speed and of the mean, as Markdown."""
-    folds = list(results["mean of their probabilities"]["folds"])
-    rows = [
-        [name, *(per_cent(own["folds"][fold], None) for fold in folds), per_cent(own["mean"], own["deviation"])]
-        for name, own in results.items()
-    ]
+    folds = list(results["mean of their probabilities"].get("folds", {}))  # none, where there is one alone
+    rows = []
+    for name, own in results.items():
+        mean = per_cent(own.get("mean", own["metrics"]["accuracy"]), own.get("deviation"))
+        rows.append([name, *(per_cent(own["folds"][fold], None) for fold in folds), mean])
     return markdown_table(["speed", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
 
 

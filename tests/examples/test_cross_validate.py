@@ -159,6 +159,9 @@ def test_volume_and_speed(example, folder, tmp_path):
     assert results["1"]["folds"] == pytest.approx(summary["seeds"][0]["folds"])
     assert list(results) == ["0.5", "1", "mean of their probabilities"]
     assert (tmp_path / "speeds" / "table.md").read_text().startswith("| speed | fold 1 | fold 2 | fold 3 |")
+    one = shutil.copytree(tmp_path / "tones" / "seed0" / "fold2", tmp_path / "one" / "fold2").parent
+    results = script.main([*command, "--runs", str(one), "--speeds", "1"])
+    assert results["1"]["metrics"]["accuracy"] == pytest.approx(summary["seeds"][0]["folds"][2])
 
 
 def test_clips_are_played_faster(example):
