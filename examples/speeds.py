@@ -9,54 +9,23 @@ each speed, and that of the mean of the probabilities.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
-import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
 import torch
-from datasets import Dataset
 from evaluate_ensemble import measure
-from torch.utils.data import DataLoader
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from volume import SINGLE_LABEL, heard, tested_clips
 
-from transformers_cat.training import (
-    AudioCollator,
-    align_labels,
-    decode_audio,
-    is_multi_label,
-    load_audio_dataset,
-    split_folds,
-    without_only_split,
-)
-from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
+from transformers_cat.training import load_audio_dataset, without_only_split
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
-from transformers_cat.training.scores import Scores, average_scores, concatenate_scores
+from transformers_cat.training.scores import average_scores, concatenate_scores
 
 
-def collate(examples: list[dict], collator: AudioCollator, speed: float) -> dict[str, torch.Tensor]:
-    """A batch of clips (N,) that are played `speed` times as fast."""
-    played = []
-    for example in examples:
-        waveform = torch.as_tensor(example["audio"], dtype=torch.float32)
-        size = max(round(len(waveform) / speed), 1)
-        waveform = torch.nn.functional.interpolate(waveform[None, None], size=size, mode="linear")[0, 0]
-        played.append({**example, "audio": waveform})
-    return collator(played)
-
-
-@torch.no_grad()
-def scores_at(folder: Path, clips: Dataset, speed: float) -> Scores:
-    """What the model in `folder` says of clips at a speed."""
-    model = AutoModelForAudioClassification.from_pretrained(folder).eval()
-    extractor = AutoFeatureExtractor.from_pretrained(folder)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    clips = align_labels(clips, names)
-    collator = partial(collate, collator=AudioCollator(extractor, training=False, num_labels=len(names)), speed=speed)
-    batches = DataLoader(decode_audio(clips, extractor.sampling_rate), batch_size=16, collate_fn=collator)
-    logits = torch.cat([model(**batch).logits for batch in batches])
-    return Scores.of(clips, probabilities(logits.numpy(), PROBLEM_TYPES[0]), names)
+def played(waveform: torch.Tensor, speed: float) -> torch.Tensor:
+    """A waveform (N,) that is played `speed` times as fast."""
+    size = max(round(len(waveform) / speed), 1)
+    return torch.nn.functional.interpolate(waveform[None, None], size=size, mode="linear")[0, 0]
 
 
 def table(results: dict) -> str:
@@ -86,21 +55,12 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     dataset = without_only_split(load_audio_dataset(args.data))
-    if is_multi_label(dataset):
-        raise ValueError("The clips have several labels; the accuracy is that of clips with one")
-    finished = sorted(args.runs.glob("fold*/results.json"))
-    if not finished:
-        raise FileNotFoundError(f"{args.runs} holds no finished run of cross_validate.py, such as fold1/results.json")
-    clips = {
-        path.parent: split_folds(dataset, json.loads(path.read_text())["arguments"]["data"]["test_folds"])["test"]
-        for path in finished
-    }
-    members = {
-        f"{speed:g}": concatenate_scores([scores_at(folder, tested, speed) for folder, tested in clips.items()])
-        for speed in args.speeds
-    }
+    clips, members = tested_clips(args.runs, dataset, "fold*"), {}
+    for speed in args.speeds:
+        parts = [heard(folder, tested, partial(played, speed=speed)) for folder, tested in clips.items()]
+        members[f"{speed:g}"] = concatenate_scores(parts)
     members["mean of their probabilities"] = average_scores(members)
-    results = {name: measure(scores, PROBLEM_TYPES[0]) for name, scores in members.items()}
+    results = {name: measure(scores, SINGLE_LABEL) for name, scores in members.items()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "results.json", results)
     (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")

@@ -10,6 +10,7 @@ accuracy over the clips of all folds.
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,51 +30,58 @@ from transformers_cat.training import (
     split_folds,
     without_only_split,
 )
+from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
+from transformers_cat.training.scores import Scores
 
-
-def collate(examples: list[dict], collator: AudioCollator, decibels: list[float]) -> list[dict]:
-    """A batch of the same clips for each volume."""
-    gains = [10 ** (value / 20) for value in decibels]
-    return [collator([{**example, "audio": gain * example["audio"]} for example in examples]) for gain in gains]
+SINGLE_LABEL = PROBLEM_TYPES[0]
 
 
 @torch.no_grad()
-def hits(folder: Path, clips: Dataset, decibels: list[float]) -> np.ndarray:
-    """Which clips (n) the model in `folder` names at each volume: (n, len(decibels))."""
+def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
+    """What the model in `folder` says of clips, the waveform (N,) of each of which is changed first."""
     model = AutoModelForAudioClassification.from_pretrained(folder).eval()
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    decoded = decode_audio(align_labels(clips, names), extractor.sampling_rate)
+    clips = align_labels(clips, names)
     collator = AudioCollator(extractor, training=False, num_labels=len(names))
-    batches = DataLoader(decoded, batch_size=16, collate_fn=partial(collate, collator=collator, decibels=decibels))
-    named = [
-        torch.stack([model(**batch).logits.argmax(-1) == batch["labels"] for batch in batches_of_clips], dim=1)
-        for batches_of_clips in batches
-    ]
-    return torch.cat(named).numpy()
+
+    def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+        return collator([{**example, "audio": change(torch.as_tensor(example["audio"]))} for example in examples])
+
+    batches = DataLoader(decode_audio(clips, extractor.sampling_rate), batch_size=16, collate_fn=collate)
+    logits = torch.cat([model(**batch).logits for batch in batches])
+    return Scores.of(clips, probabilities(logits.numpy(), SINGLE_LABEL), names)
 
 
-def measure(runs: Path, dataset: Dataset, decibels: list[float]) -> dict[str, float]:
-    """decibels -> accuracy over the tested folds of a cross-validation.
+def tested_clips(runs: Path, dataset: Dataset, pattern: str) -> dict[Path, Dataset]:
+    """The folder of each finished run of a cross-validation, and the clips that it was tested on.
 
     Raises:
-        FileNotFoundError: `runs` holds no finished fold.
+        FileNotFoundError: `runs` holds none.
         ValueError: clips have several labels.
     """
     if is_multi_label(dataset):
         raise ValueError("The clips have several labels; the accuracy is that of clips with one")
-    finished = sorted(runs.glob("seed*/fold*/results.json"))
+    finished = sorted(runs.glob(f"{pattern}/results.json"))
     if not finished:
-        raise FileNotFoundError(f"{runs} holds no finished run of cross_validate.py, such as seed0/fold1/results.json")
-    found = []
-    for path in finished:
-        folds = json.loads(path.read_text())["arguments"]["data"]["test_folds"]
-        found.append(hits(path.parent, split_folds(dataset, folds)["test"], decibels))
-    return {
-        f"{value:+g}" if value else "0": share for value, share in zip(decibels, np.concatenate(found).mean(0).tolist())
-    }
+        example = pattern.replace("*", "1")
+        raise FileNotFoundError(f"{runs} holds no finished run of cross_validate.py, such as {example}/results.json")
+    folds = {path.parent: json.loads(path.read_text())["arguments"]["data"]["test_folds"] for path in finished}
+    return {folder: split_folds(dataset, own)["test"] for folder, own in folds.items()}
+
+
+def measure(runs: Path, dataset: Dataset, decibels: list[float]) -> dict[str, float]:
+    """decibels -> accuracy over the tested folds of a cross-validation."""
+    clips, results = tested_clips(runs, dataset, "seed*/fold*"), {}
+    for value in decibels:
+        louder = partial(torch.mul, other=10 ** (value / 20))
+        scores = [heard(folder, tested, louder) for folder, tested in clips.items()]
+        shares = [own.metrics(SINGLE_LABEL)["accuracy"] for own in scores]
+        sizes = [len(own.paths) for own in scores]
+        results[f"{value:+g}" if value else "0"] = float(np.average(shares, weights=sizes))
+    return results
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
