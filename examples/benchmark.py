@@ -14,6 +14,7 @@ takes some eight minutes on two cores.
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -93,6 +94,14 @@ def build(name: str) -> torch.nn.Module:
 MODELS = ("CAT", "HTS-AT", "AST", "Swin-T")
 
 
+def trained(name: str) -> torch.nn.Module:
+    """A model as it is after training: CAT without its reconstruction block."""
+    model = build(name).eval()
+    if isinstance(model, CATForAudioClassification):
+        model.drop_reconstruction()
+    return model
+
+
 def inputs(name: str, batch_size: int) -> torch.Tensor:
     """What the model's feature extractor makes of 10 seconds."""
     shape = {"CAT": (1000, 384), "HTS-AT": (1, 1001, 64), "AST": (1024, 128), "Swin-T": (3, 256, 256)}[name]
@@ -100,7 +109,7 @@ def inputs(name: str, batch_size: int) -> torch.Tensor:
 
 
 def forward(name: str, batch_size: int) -> Callable:
-    model, features = build(name).eval(), inputs(name, batch_size)
+    model, features = trained(name), inputs(name, batch_size)
 
     def step():
         with torch.no_grad():
@@ -130,7 +139,7 @@ class Products(TorchDispatchMode):
 
 def products(name: str, batch_size: int) -> Callable:
     """The matrix products of a forward alone, attention's among them: no model made of these takes less."""
-    model = build(name).eval()
+    model = trained(name)
     collected = Products({weight.untyped_storage().data_ptr() for weight in model.parameters()})
     with torch.no_grad(), collected:
         model(inputs(name, batch_size))
@@ -176,7 +185,7 @@ def front_end(name: str, batch_size: int) -> Callable:
 
 def waveform_to_label(name: str, batch_size: int) -> Callable:
     """The pipeline; for HTS-AT, which has none with a linear head, its feature extractor and model."""
-    model = build(name).eval()
+    model = trained(name)
     if name == "HTS-AT":
         features = front_end(name, batch_size)
 
@@ -193,14 +202,14 @@ def waveform_to_label(name: str, batch_size: int) -> Callable:
 
 def quantised() -> torch.nn.Module:
     """CAT with its linear layers in 8 bits, their inputs quantised as they come."""
-    model = build("CAT").eval()
+    model = trained("CAT")
     make_plain(model)
     return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 def quantisation(budget: float) -> dict[str, float]:
     """Time of 8-bit linear layers over float32's, one clip, and how often both name the same class for noise."""
-    plain, int8, features = build("CAT").eval(), quantised(), inputs("CAT", 16)
+    plain, int8, features = trained("CAT"), quantised(), inputs("CAT", 16)
     with torch.no_grad():
         times = alternate({BASELINE: lambda: plain(features[:1]), "int8": lambda: int8(features[:1])}, budget, {})
         labels = [torch.cat([model(clip[None]).logits.argmax(-1) for clip in features]) for model in (plain, int8)]
@@ -209,10 +218,8 @@ def quantisation(budget: float) -> dict[str, float]:
 
 def load(name: str, folder: Path) -> Callable:
     """`from_pretrained` of what this saves first."""
-    model = build(name)
+    model = trained(name)
     model = model.body if isinstance(model, HTSAT) else model
-    if isinstance(model, CATForAudioClassification):
-        model.drop_reconstruction()
     assert isinstance(model, PreTrainedModel)
     model.save_pretrained(folder / name)
     return lambda: type(model).from_pretrained(folder / name)
@@ -271,14 +278,16 @@ def alternate(steps: dict[str, Callable], budget: float, clips: dict[str, int]) 
 def peak_memory(task: str, name: str) -> float:
     """Bytes that a fresh process needs at most for two steps, of AST for one."""
     command = [sys.executable, __file__, "--memory_of", task, name]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # What is freed goes back to the system: glibc would keep some, more or less of it from run to run.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def measure_memory(task: str, name: str) -> None:
     """What `peak_memory` and `cost_of_length` read."""
     seconds = task.removesuffix(" s of audio")
     if seconds != task:
-        model = build("CAT").eval()
+        model = trained("CAT")
         waveform = 0.1 * torch.randn(1, int(seconds) * model.config.sampling_rate)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
@@ -408,8 +417,7 @@ def main() -> None:
     record("int8", quantisation(args.budget))
     for name in MODELS:
         record("flops", {name: operations(forward(name, 1))})
-        parameters = build(name).named_parameters()
-        record("parameters", {name: sum(p.numel() for key, p in parameters if not key.startswith("reconstruction"))})
+        record("parameters", {name: sum(weight.numel() for weight in trained(name).parameters())})
     print((args.output_dir / "table.md").read_text(encoding="utf-8"))
 
 

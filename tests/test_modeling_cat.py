@@ -699,8 +699,8 @@ def test_attention_heads_of_a_filter_are_its_rows_of_the_dense_matrix():
     attention = CATAttention(config, stage=0).eval()
     streams = torch.randn(2, 1, 8, 8, 16)
     attention.output = nn.Identity()
-    output, _ = attention(streams, (8, 8), None)
-    changed, _ = attention(torch.stack([streams[0], streams[0]]), (8, 8), None)
+    output, _ = attention(streams, nn.Identity(), (8, 8), None)
+    changed, _ = attention(torch.stack([streams[0], streams[0]]), nn.Identity(), (8, 8), None)
     assert (output[..., :8] == changed[..., :8]).all()  # the first filter's head
     assert (output[..., 8:] != changed[..., 8:]).any()
 

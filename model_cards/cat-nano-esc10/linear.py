@@ -1,9 +1,11 @@
-"""Linear maps of tokens, by the faster of two ways to compute them."""
+"""Linear maps of tokens, by the faster of two ways to compute them, and without keeping what can be had again."""
 
+from collections.abc import Callable
 from math import prod
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
 ONEDNN = torch.backends.mkldnn.is_available()
@@ -38,6 +40,20 @@ class CATLinear(nn.Linear):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return linear(tokens, self.weight, self.bias)
+
+
+def linear_after(
+    prepare: Callable[[torch.Tensor], torch.Tensor], layer: nn.Module, tokens: torch.Tensor
+) -> torch.Tensor:
+    """`layer(prepare(tokens))`, for which training keeps the tokens, but not what is made of them for the layer.
+
+    The backward pass makes that again, which is cheap for a norm or an activation. The layer itself is not computed
+    twice: checkpointing stops when it has what the layer keeps. Of an adapter's layer, which keeps more than its input,
+    it would be; so that is computed as usual, as is what is compiled, where the compiler decides what to keep.
+    """
+    if type(layer) not in (CATLinear, nn.Linear) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return layer(prepare(tokens))
+    return checkpoint(lambda tokens: layer(prepare(tokens)), tokens, use_reentrant=False)
 
 
 def make_plain(model: nn.Module) -> None:

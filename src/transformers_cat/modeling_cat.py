@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
-from .linear import CATLinear, linear, make_plain
+from .linear import CATLinear, linear, linear_after, make_plain
 from .mrmf import MRMFSpectrogram
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
@@ -541,13 +541,15 @@ class CATAttention(nn.Module):
     def forward(
         self,
         streams: torch.Tensor,
+        norm: nn.Module,
         window: tuple[int, int],
         mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            streams: (G, B, t, f, C), normalised.
+            streams: (G, B, t, f, C).
+            norm: What normalises them.
             window: Tokens along (t, f), which it divides.
             mask: From `attention_mask_of_windows`.
 
@@ -556,7 +558,7 @@ class CATAttention(nn.Module):
         """
         t, f = streams.shape[2:4]
         # To the kernel, the windows are further heads: so the clips share a bias that is as large as one of them.
-        query, key, value = self.heads(streams, window).flatten(2, 3)
+        query, key, value = self.heads(streams, norm, window).flatten(2, 3)
         bias = self.bias(mask, query.shape[1] // self.num_heads, window[0])
         output, weights = self.kernel(bias)(
             self,
@@ -579,12 +581,12 @@ class CATAttention(nn.Module):
             return unfused_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
-    def heads(self, streams: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    def heads(self, streams: torch.Tensor, norm: nn.Module, window: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values of all filters: (3, B, windows, heads, N, D)."""
         qkv = []
         for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
-            projected = project(window_partition(stream, window)).unflatten(3, (3, -1, self.head_dim))
-            qkv.append(projected.permute(3, 0, 1, 4, 2, 5))
+            projected = linear_after(lambda stream: window_partition(norm(stream), window), project, stream)
+            qkv.append(projected.unflatten(3, (3, -1, self.head_dim)).permute(3, 0, 1, 4, 2, 5))
         return torch.cat(qkv, dim=3)
 
     def bias(self, mask: torch.Tensor | None, windows: int, t: int) -> torch.Tensor | None:
@@ -603,6 +605,10 @@ class CATMLP(nn.Sequential):
     def __init__(self, config: CATConfig, width: int):
         hidden = int(config.mlp_ratio * width)
         super().__init__(CATLinear(width, hidden), ACT2FN[config.hidden_act], CATLinear(hidden, width))
+
+    def forward(self, tokens: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Tokens (..., C), and what normalises them, -> (..., C)."""
+        return linear_after(self[1], self[2], linear_after(norm, self[0], tokens))
 
 
 class CATDropPath(nn.Module):
@@ -672,9 +678,9 @@ class CATBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention and MLP: no token sees beyond its window. As `forward`."""
         # No name for what is large and needed once: it would be kept to the end.
-        attended, weights = self.attention(self.norm_attention(join_streams(trunk, offsets)), window, mask, **kwargs)
+        attended, weights = self.attention(join_streams(trunk, offsets), self.norm_attention, window, mask, **kwargs)
         trunk = trunk + self.drop_path(self.dropout(attended))
-        trunk = trunk + self.drop_path(self.dropout(self.mlp(self.norm_mlp(trunk))))
+        trunk = trunk + self.drop_path(self.dropout(self.mlp(trunk, self.norm_mlp)))
         return trunk, weights
 
 
@@ -698,7 +704,8 @@ class CATPatchMerging(nn.Module):
             streams = zero_padding(join_streams(trunk[clips, steps], part), mask)
             streams = pad_time(pad_time(streams, 2, 2), 2, 3)
             quads = streams.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (G, B, t / 2, 2, f / 2, 2, C)
-            parts.append(self.reduction(self.norm(quads.permute(0, 1, 2, 4, 5, 3, 6).flatten(4))))
+            quads = quads.permute(0, 1, 2, 4, 5, 3, 6)  # (G, B, t / 2, f / 2, 2, 2, C)
+            parts.append(linear_after(lambda quads: self.norm(quads.flatten(4)), self.reduction, quads))
         return split_streams(join_slices(parts, trunk.shape[0]))
 
 
