@@ -563,8 +563,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         model_args, data_args, args = parser.parse_json_file(argv[0])
     else:
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
-    if args.label_smoothing_factor and data_args.mixup_probability:
-        raise ValueError("--label_smoothing_factor needs class ids, but mixup makes soft labels; use one of the two")
     if args.average_last_epochs and args.load_best_model_at_end:
         raise ValueError("--average_last_epochs and --load_best_model_at_end name two final models; use one of the two")
     if args.muon and args.optim not in ADAMW:

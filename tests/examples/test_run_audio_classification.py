@@ -499,7 +499,6 @@ class TestArguments:
             ([], "Give one of --data, --dataset_name, --train_file, not none"),
             (["--data", "x", "--dataset_name", "y"], "not data and dataset_name"),
             (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
-            (["--data", "x", "--label_smoothing_factor", "0.1"], "use one of the two"),
             (["--data", "x", "--muon", "true", "--optim", "adafactor"], "--optim adafactor does not"),
         ],
     )

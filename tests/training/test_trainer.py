@@ -63,6 +63,23 @@ def test_the_parts_in_the_log_sum_to_the_loss(make_trainer, accumulation):
     assert logged["classification_loss"] > 1 and logged["reconstruction_loss"] > 0.5
 
 
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_smoothed_labels_keep_all_parts_of_the_loss(make_trainer, mixup):
+    """By class ids and by mixup's probabilities; in evaluation the labels are what they are."""
+    trainer = make_trainer(label_smoothing_factor=0.2, augmentation={**OFF, "mixup_probability": mixup})
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["labels"]), with_kwargs=True)
+    trainer.train()
+    (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "causal_loss" in logged and logged["reconstruction_loss"] > 0.5
+    for labels in seen:
+        torch.testing.assert_close(labels.sum(1), torch.ones(2))
+        assert labels.min() == pytest.approx(0.04) and (mixup or labels.max() == pytest.approx(0.84))
+    seen.clear()
+    trainer.evaluate()
+    assert all(labels.dtype == torch.int64 for labels in seen) and seen
+
+
 def test_evaluation_is_not_augmented(make_trainer):
     trainer = make_trainer()
     batch = next(iter(trainer.get_eval_dataloader()))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..modeling_cat import CATForAudioClassification
 from .collate import AudioCollator, SpecAugment
 from .muon import Muon, parameter_groups
 from .sampler import DrawnClips, EpochSampler
@@ -22,7 +23,9 @@ class AudioTrainer(Trainer):
 
     The parts (l_theta, l_c and l_rs of eq. 10, without their weights) are means over all micro-batches since the last
     log, of all processes. Models that do not return them train as with the plain Trainer. Running averages of batch
-    norms are means over the processes, so all of them evaluate the same model.
+    norms are means over the processes, so all of them evaluate the same model. The labels that CAT trains with are
+    smoothed by `label_smoothing_factor` before it sees them: the plain Trainer takes the labels away from the model to
+    do so, and with them l_c and l_rs. What is evaluated is not smoothed.
 
     Args:
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
@@ -53,6 +56,9 @@ class AudioTrainer(Trainer):
             )
         if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
+        self._smoothing = 0.0
+        if self.label_smoother is not None and isinstance(self.model, CATForAudioClassification):
+            self._smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
         self.spec_augment = spec_augment
@@ -132,6 +138,8 @@ class AudioTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training and self.spec_augment is not None:
             inputs = self._with_masked_features(model, inputs)
+        if model.training and self._smoothing:
+            inputs = {**inputs, "labels": self._smoothed(inputs["labels"])}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             self._count += 1
@@ -139,6 +147,13 @@ class AudioTrainer(Trainer):
                 if outputs.get(name) is not None:
                     self._sums[name] = self._sums.get(name, 0.0) + outputs[name].detach().float()
         return (loss, outputs) if return_outputs else loss
+
+    def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
+        """Class ids (B,) or probabilities (B, C) -> probabilities (B, C), of which a share is spread over all."""
+        classes = self.model.config.num_labels
+        if labels.ndim == 1:
+            labels = nn.functional.one_hot(labels, classes).float()
+        return (1 - self._smoothing) * labels + self._smoothing / classes
 
     @torch.no_grad()
     def _with_masked_features(self, model, inputs: dict) -> dict:
