@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -365,6 +366,26 @@ def test_impossible_flags_are_refused(arguments, capsys):
         main(["classify", "a.wav", *arguments])
     err = capsys.readouterr().err
     assert status.value.code == 2 and arguments[0] in err and "_positive" not in err
+
+
+@pytest.mark.parametrize(("device", "reason"), [("banana", "banana"), ("cuda:99", "99|NVIDIA|CUDA")])
+def test_a_device_that_there_is_not_is_named(folder, checkpoint, capsys, device, reason):
+    with pytest.raises(SystemExit) as status:
+        main(["classify", str(folder), "--model", str(checkpoint), "--device", device])
+    err = capsys.readouterr().err
+    assert status.value.code == 2 and f"{device} is no device that PyTorch has here" in err and re.search(reason, err)
+
+
+def test_names_that_are_not_utf8(folder, checkpoint):
+    name, broken = b"h\xe9lico.wav", b"h\xe9las.wav"
+    try:
+        shutil.copy(folder / "a.wav", folder / os.fsdecode(name))
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has names in UTF-8 alone")
+    (folder / os.fsdecode(broken)).write_text("no sound")
+    result = subprocess.run(command("classify", folder, "--model", checkpoint), capture_output=True)
+    assert result.returncode == 1 and name in result.stdout and broken in result.stderr
+    assert b"Traceback" not in result.stderr and b"3 of 4 files" in result.stderr
 
 
 @needs_shipped

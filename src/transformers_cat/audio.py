@@ -41,7 +41,9 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
     import soundfile
 
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        # As bytes, where names are bytes: they need not be UTF-8.
+        name = os.fsencode(path) if os.name == "posix" else path
+        audio, rate = soundfile.read(name, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
         return _load_with_ffmpeg(path, sampling_rate, reason=str(error))
     except MemoryError as error:

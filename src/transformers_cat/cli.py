@@ -10,6 +10,7 @@ can be named by `--model`.
 import argparse
 import csv
 import glob
+import io
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from itertools import islice
 from math import isfinite, prod
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
 from tqdm import tqdm
@@ -248,8 +250,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except Exception as error:  # an assertion, where PyTorch was built without that kind of device
+        reason = _reason(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} is no device that PyTorch has here: {reason}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files are bytes, which need not be UTF-8: as they are
+            stream.reconfigure(errors="surrogateescape")
     parser = argparse.ArgumentParser("transformers-cat", description="Name sounds with a transformers model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -261,7 +274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     output.add_argument("--json", action="store_true", help="JSON lines: an object for each file, on a line of its own")
     output.add_argument("--csv", action="store_true", help="a row for each file and label: file, rank, label, score")
     command.add_argument("--batch_size", type=_positive, default=1, help="files to classify at once; default: 1")
-    command.add_argument("--device", help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU")
+    command.add_argument(
+        "--device", type=_device, help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU"
+    )
     command.set_defaults(run=classify)
 
     command = commands.add_parser("info", help="say what a checkpoint is")
