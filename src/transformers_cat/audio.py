@@ -45,7 +45,7 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
         name = os.fsencode(path) if os.name == "posix" else path
         audio, rate = soundfile.read(name, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
-        return _load_with_ffmpeg(path, sampling_rate, reason=str(error))
+        return _load_with_ffmpeg(path, sampling_rate, reason=getattr(error, "error_string", str(error)))
     except MemoryError as error:
         raise ValueError(f"The audio file {path} claims more samples than memory holds: {error}") from error
     if len(audio) == 0:
