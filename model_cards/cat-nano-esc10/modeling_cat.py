@@ -541,7 +541,7 @@ class CATAttention(nn.Module):
     def forward(
         self,
         streams: torch.Tensor,
-        norm: nn.Module,
+        norm: Callable[[torch.Tensor], torch.Tensor],
         window: tuple[int, int],
         mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
@@ -581,7 +581,7 @@ class CATAttention(nn.Module):
             return unfused_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
-    def heads(self, streams: torch.Tensor, norm: nn.Module, window: tuple[int, int]) -> torch.Tensor:
+    def heads(self, streams: torch.Tensor, norm: Callable, window: tuple[int, int]) -> torch.Tensor:
         """Queries, keys and values of all filters: (3, B, windows, heads, N, D)."""
         qkv = []
         for stream, project in zip(streams, self.qkv):  # one after the other, for less memory at a time
@@ -606,7 +606,7 @@ class CATMLP(nn.Sequential):
         hidden = int(config.mlp_ratio * width)
         super().__init__(CATLinear(width, hidden), ACT2FN[config.hidden_act], CATLinear(hidden, width))
 
-    def forward(self, tokens: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Tokens (..., C), and what normalises them, -> (..., C)."""
         return linear_after(self[1], self[2], linear_after(norm, self[0], tokens))
 
@@ -677,10 +677,12 @@ class CATBlock(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention and MLP: no token sees beyond its window. As `forward`."""
+        # The norms as functions: of a module among the arguments, accelerate would move the weights.
+        norm_attention, norm_mlp = self.norm_attention.__call__, self.norm_mlp.__call__
         # No name for what is large and needed once: it would be kept to the end.
-        attended, weights = self.attention(join_streams(trunk, offsets), self.norm_attention, window, mask, **kwargs)
+        attended, weights = self.attention(join_streams(trunk, offsets), norm_attention, window, mask, **kwargs)
         trunk = trunk + self.drop_path(self.dropout(attended))
-        trunk = trunk + self.drop_path(self.dropout(self.mlp(trunk, self.norm_mlp)))
+        trunk = trunk + self.drop_path(self.dropout(self.mlp(trunk, norm_mlp)))
         return trunk, weights
 
 
