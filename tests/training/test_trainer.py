@@ -80,6 +80,23 @@ def test_smoothed_labels_keep_all_parts_of_the_loss(make_trainer, mixup):
     assert all(labels.dtype == torch.int64 for labels in seen) and seen
 
 
+def test_smoothed_labels_of_an_adapted_model(make_trainer):
+    peft = pytest.importorskip("peft")
+    whole = make_trainer()
+    model = peft.get_peft_model(whole.model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    whole.args.label_smoothing_factor = 0.2
+    trainer = AudioTrainer(
+        model,
+        whole.args,
+        data_collator=whole.data_collator,
+        eval_collator=whole.eval_collator,
+        train_dataset=whole.train_dataset,
+    )
+    trainer.train()
+    (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert "causal_loss" in logged and logged["reconstruction_loss"] > 0.5
+
+
 def test_evaluation_is_not_augmented(make_trainer):
     trainer = make_trainer()
     batch = next(iter(trainer.get_eval_dataloader()))

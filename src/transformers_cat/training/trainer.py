@@ -57,7 +57,9 @@ class AudioTrainer(Trainer):
         if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
         self._smoothing = 0.0
-        if self.label_smoother is not None and isinstance(self.model, CATForAudioClassification):
+        adapted = hasattr(self.model, "get_base_model")  # by peft
+        base_model = self.model.get_base_model() if adapted else self.model
+        if self.label_smoother is not None and isinstance(base_model, CATForAudioClassification):
             self._smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
