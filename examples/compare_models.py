@@ -47,8 +47,9 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     if model == "cat":
         own += ["--config_name", args.config_name, "--config_overrides", args.config_overrides]
     else:
-        normalize = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides)).normalize_volume
-        peer = write_peer(model, args.max_length_seconds, args.output_dir / "peers" / model, normalize)
+        cat = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
+        folder = args.output_dir / "peers" / model
+        peer = write_peer(model, args.max_length_seconds, folder, cat.normalize_volume, cat.whitening)
         own += ["--config_name", str(peer)]
     rates, tuning, reported = args.learning_rates, {}, args.folds
 

@@ -169,14 +169,16 @@ AutoConfig.register("cat-peer", PeerConfig)
 AutoModelForAudioClassification.register(PeerConfig, PeerForAudioClassification)
 
 
-def write_peer(kind: str, seconds: float, folder: str | Path, normalize_volume: bool = False) -> Path:
+def write_peer(
+    kind: str, seconds: float, folder: str | Path, normalize_volume: bool = False, whitening: float = 0.0
+) -> Path:
     """Writes what `--config_name` needs to train a peer from scratch: its configuration and feature extractor.
 
     Args:
         kind: One of `PEERS`.
         seconds: Length of the training crops.
         folder: To write to.
-        normalize_volume: The feature extractor's.
+        normalize_volume, whitening: The feature extractor's.
 
     Returns:
         The folder.
@@ -187,7 +189,7 @@ def write_peer(kind: str, seconds: float, folder: str | Path, normalize_volume: 
     if kind not in PEERS:
         raise ValueError(f"There is no peer {kind!r}, only {', '.join(PEERS)}")
     arguments = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320], "num_bins": BINS}
-    extractor = CATFeatureExtractor(**arguments, normalize_volume=normalize_volume)
+    extractor = CATFeatureExtractor(**arguments, normalize_volume=normalize_volume, whitening=whitening)
     num_frames = round(seconds * extractor.sampling_rate / extractor.frame_shift)
     PeerConfig(kind=kind, num_frames=num_frames).save_pretrained(folder)
     extractor.save_pretrained(folder)
@@ -202,9 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", choices=list(PEERS), required=True)
     parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
     parser.add_argument("--normalize_volume", action="store_true", help="as the feature extractor of cat-nano does")
+    parser.add_argument("--whitening", type=float, default=0.0, help="the feature extractor's share, from 0 to 1")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    write_peer(args.kind, args.max_length_seconds, args.output_dir, args.normalize_volume)
+    write_peer(args.kind, args.max_length_seconds, args.output_dir, args.normalize_volume, args.whitening)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def test_derived_values_follow_an_override(tmp_path):
         ({"filters": ("bark",)}, r"bark"),
         ({"log_offset": 0.0}, r"0.0"),
         ({"normalize_volume": 1}, r"normalize_volume"),
+        ({"whitening": 1.5}, r"`whitening` must be a share, from 0 to 1, not 1.5"),
         ({"embed_dim": 96.0}, r"96.0"),
         ({"num_labels": 0}, r"num_labels"),
     ],

@@ -67,7 +67,9 @@ def exported(request, tmp_path_factory):
     if request.param[0] == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    model = make_model(normalize_volume=request.param[1] == "waveform")  # so that one graph has that, too
+    # So that one graph of each format has them, too.
+    of_waveforms = request.param[1] == "waveform"
+    model = make_model(normalize_volume=of_waveforms, whitening=0.5 * of_waveforms)
     model.config.auto_map = {"AutoConfig": "configuration_cat.CATConfig"}  # as a checkpoint with its code has it
     folder = tmp_path_factory.mktemp("export")
     export(model, folder, inputs=request.param[1], format=request.param[0])

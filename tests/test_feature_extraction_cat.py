@@ -167,9 +167,9 @@ def test_attributes_that_are_set_count(clips):
 
 
 def test_the_front_end_of_a_configuration():
-    config = small_config(normalize_volume=True, filters=("mel",), num_bins=32)
+    config = small_config(normalize_volume=True, whitening=0.5, filters=("mel",), num_bins=32)
     extractor = CATFeatureExtractor.from_config(config, do_mrmf=False)
-    expected = CATFeatureExtractor(normalize_volume=True, filters=("mel",), num_bins=32, do_mrmf=False)
+    expected = CATFeatureExtractor(normalize_volume=True, whitening=0.5, filters=("mel",), num_bins=32, do_mrmf=False)
     assert extractor.to_dict() == expected.to_dict()
 
 
@@ -178,12 +178,12 @@ def test_padding_before_a_clip_is_refused(clips):
         CATFeatureExtractor(padding_side="left")(clips, sampling_rate=RATE)
 
 
-def test_normalized_volume_is_the_models_too(clips):
+def test_normalized_volume_and_whitening_are_the_models_too(clips):
     torch.manual_seed(0)
-    model = CATForAudioClassification(small_config(normalize_volume=True)).eval()
+    model = CATForAudioClassification(small_config(normalize_volume=True, whitening=0.5)).eval()
     outputs = []
     for do_mrmf in (True, False):
-        extractor = CATFeatureExtractor(normalize_volume=True, do_mrmf=do_mrmf)
+        extractor = CATFeatureExtractor(normalize_volume=True, whitening=0.5, do_mrmf=do_mrmf)
         for gain in (1.0, 0.01):
             batch = extractor([gain * clip for clip in clips], sampling_rate=RATE, return_tensors="pt")
             with torch.no_grad():

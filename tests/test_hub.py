@@ -46,7 +46,8 @@ from .hub_stand_in import HubStandIn
 
 REPO = "someone/cat"
 TOKEN, FOREIGN_TOKEN = "hf_someone", "hf_another"
-CODE = {"causal.py", "configuration_cat.py", "feature_extraction_cat.py", "modeling_cat.py", "linear.py", "mrmf.py"}
+MODULES = ("causal", "configuration_cat", "feature_extraction_cat", "modeling_cat", "linear", "mrmf", "whitening")
+CODE = {f"{name}.py" for name in MODULES}
 CHECKPOINT = {"config.json", "preprocessor_config.json", "model.safetensors", "README.md"}
 
 # Any import of the package fails, as it does for a user who has only transformers.

@@ -93,6 +93,13 @@ def test_a_normalised_volume_is_said(model):
     assert said not in words(model_card(model, "someone/cat", [run()], "esc10"))
 
 
+def test_whitening_is_said(model):
+    whitening = CATForAudioClassification(small_config(whitening=0.25))
+    said = "25 % of each clip's own average spectrum, in decibels, are taken away"
+    assert said in words(model_card(whitening, "someone/cat", [run()], "esc10"))
+    assert "average spectrum" not in words(model_card(model, "someone/cat", [run()], "esc10"))
+
+
 def test_nothing_of_the_machine_is_told(model):
     text = str(model_card(model, "someone/cat-esc10", [run()]))
     assert "jane" not in text

@@ -255,6 +255,7 @@ def model_card(
         multi_label=model.config.problem_type == "multi_label_classification",
         sampling_rate=model.config.sampling_rate,
         normalize_volume=model.config.normalize_volume,
+        whitening=model.config.whitening,
         facts=dataset,
         dataset_name=dataset_name,
         own=own,

@@ -21,6 +21,7 @@ F_MIN = 50.0  # Hz
 F_MAX = 14_000.0  # Hz
 LOG_OFFSET = 1e-5  # power added before the logarithm: silence is log(1e-5)
 NORMALIZE_VOLUME = False
+WHITENING = 0.0
 
 MAX_SIZE = 10_000  # of any width, depth or number of filters: a slip is refused before it is out of memory
 MAX_WINDOW_SIZE = 64  # attention is among its square, 4096 tokens
@@ -38,6 +39,7 @@ MRMF_ARGUMENTS = (
     "f_max",
     "log_offset",
     "normalize_volume",
+    "whitening",
 )
 
 
@@ -77,6 +79,7 @@ def validate_mrmf(
     f_max: float,
     log_offset: float,
     normalize_volume: bool,
+    whitening: float,
 ) -> None:
     """Raises ValueError, with the values named, where the arguments are impossible or contradict each other."""
     for name, value in (("window_lengths", window_lengths), ("hop_lengths", hop_lengths), ("filters", filters)):
@@ -98,6 +101,8 @@ def validate_mrmf(
     validate_numbers(1e-37, 1e37, log_offset=log_offset)  # what float32 can hold
     if not isinstance(normalize_volume, bool):
         raise ValueError(f"`normalize_volume` must be True or False, not {normalize_volume!r}.")
+    if not isinstance(whitening, (int, float)) or isinstance(whitening, bool) or not 0 <= whitening <= 1:
+        raise ValueError(f"`whitening` must be a share, from 0 to 1, not {whitening!r}.")
     for window, hop in zip(window_lengths, hop_lengths):
         if hop > window:
             raise ValueError(f"A hop of {hop} samples skips audio between windows of {window}; it must not be longer.")
@@ -134,6 +139,8 @@ class CATConfig(PreTrainedConfig):
         log_offset (`float`, defaults to 1e-5): Power added before the logarithm.
         normalize_volume (`bool`, defaults to `False`): Scale each clip to a root mean square of 0.1 first, so that how
             loud it is makes no difference.
+        whitening (`float`, defaults to 0): The share of each clip's own average spectrum, in decibels, that is taken
+            away, so that it matters less how bright microphone and room made it; see `whitening.py`.
 
     Patches and position (Sec. III-A, eq. 3):
 
@@ -205,6 +212,7 @@ class CATConfig(PreTrainedConfig):
     f_max: float | int = F_MAX
     log_offset: float = LOG_OFFSET
     normalize_volume: bool = NORMALIZE_VOLUME
+    whitening: float | int = WHITENING
 
     patch_size: list[int] | tuple[int, ...] = (4, 4)
     embed_dim: int = 96

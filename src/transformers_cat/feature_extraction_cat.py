@@ -17,6 +17,7 @@ from .configuration_cat import (
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
+    WHITENING,
     WINDOW_LENGTHS,
     CATConfig,
     drop_local_code,
@@ -48,6 +49,10 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         log_offset (`float`, defaults to 1e-5): Power added before the logarithm.
         normalize_volume (`bool`, defaults to `False`): Scale each clip to a root mean square of 0.1 first, so that how
             loud it is makes no difference.
+        whitening (`float`, defaults to 0): The share of each clip's own average spectrum, in decibels, that is taken
+            away, so that it matters less how bright microphone and room made it. A training that crops or mixes clips
+            whitens them first, by `extractor.mrmf.whitened`, and takes the features of the result by an extractor
+            without whitening, as `AudioCollator` does.
         do_mrmf (`bool`, defaults to `True`): `False` returns padded waveforms, and the model computes the same
             spectrograms on its own device.
         padding_value (`float`, defaults to 0): Value of masked frames and samples; the model never looks at it.
@@ -73,6 +78,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         f_max: float = F_MAX,
         log_offset: float = LOG_OFFSET,
         normalize_volume: bool = NORMALIZE_VOLUME,
+        whitening: float = WHITENING,
         do_mrmf: bool = True,
         padding_value: float = 0.0,
         return_attention_mask: bool = True,
@@ -90,6 +96,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             f_max=f_max,
             log_offset=log_offset,
             normalize_volume=normalize_volume,
+            whitening=whitening,
         )
         validate_numbers(-1e37, 1e37, padding_value=padding_value)
         kwargs.pop("feature_size", None)
@@ -103,6 +110,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         self.f_max = f_max
         self.log_offset = log_offset
         self.normalize_volume = normalize_volume
+        self.whitening = whitening
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
         self._mrmf = None

@@ -877,9 +877,12 @@ class CATModel(CATPreTrainedModel):
         self.post_init()
 
     def features(
-        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_values: torch.Tensor, attention_mask: torch.Tensor | None, whiten: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding."""
+        """Either input -> MRMF (B, T, G * K * F) float32 and its mask (B, T) bool, `None` if nothing is padding.
+
+        `whiten` is `False` for waveforms that are whitened already.
+        """
         eager = not torch.compiler.is_compiling()
         if eager:
             self.validate(input_values, attention_mask)
@@ -890,7 +893,7 @@ class CATModel(CATPreTrainedModel):
             if look and bool(attention_mask.all()):  # a mask costs time
                 attention_mask = None
         if input_values.ndim == 2:
-            features, attention_mask = self.mrmf(input_values, attention_mask)
+            features, attention_mask = self.mrmf(input_values, attention_mask, whiten)
         elif attention_mask is None:
             features = input_values
         else:  # not by a product: what is on padding may be NaN

@@ -20,9 +20,11 @@ from .configuration_cat import (
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
+    WHITENING,
     WINDOW_LENGTHS,
     validate_mrmf,
 )
+from .whitening import whitened, whitening_constants
 
 # Frames of the grid that are transformed at once. On a CPU so few that spectra of some megabytes stay in its caches;
 # elsewhere so many that a batch is not cut up, but the spectra of an hour, gigabytes, are never held together.
@@ -124,6 +126,7 @@ class MRMFSpectrogram(nn.Module):
         log_offset: Power added before the logarithm.
         normalize_volume: Whether each clip is scaled to a root mean square of 0.1 first, so that how loud it is makes
             no difference.
+        whitening: The share of each clip's own average spectrum, in decibels, that is taken away.
 
     Raises:
         ValueError: The arguments contradict each other.
@@ -141,12 +144,13 @@ class MRMFSpectrogram(nn.Module):
         f_max: float = F_MAX,
         log_offset: float = LOG_OFFSET,
         normalize_volume: bool = NORMALIZE_VOLUME,
+        whitening: float = WHITENING,
     ):
         super().__init__()
         self.sampling_rate = sampling_rate
         self.window_lengths, self.hop_lengths, self.frame_shift = window_lengths, hop_lengths, frame_shift
         self.filters, self.num_bins, self.f_min, self.f_max = filters, num_bins, f_min, f_max
-        self.log_offset, self.normalize_volume = log_offset, normalize_volume
+        self.log_offset, self.normalize_volume, self.whitening = log_offset, normalize_volume, whitening
         validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
         constants = self.constants()
         for name, constant in constants.items():
@@ -157,7 +161,8 @@ class MRMFSpectrogram(nn.Module):
             self.bands.append([span(bank[i : i + CPU_BAND].any(0)) for i in range(0, len(bank), CPU_BAND)])
 
     def constants(self) -> dict[str, np.ndarray]:
-        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1).
+        """The buffers by name, for each resolution k: `window_k` (n_fft_k,), `bank_k` (G * F, n_fft_k // 2 + 1);
+        and, with whitening, what that needs.
 
         Float32, and not tensors: those of a model that is built without memory hold no values.
         """
@@ -169,6 +174,10 @@ class MRMFSpectrogram(nn.Module):
             hann = np.pad(hann, (0, arguments[0] - window_length))
             constants[f"window_{k}"] = hann.astype(np.float32)
             constants[f"bank_{k}"] = np.concatenate([filter_bank(name, *arguments).T for name in self.filters])
+        if self.whitening:
+            # A quarter of a second: so long is the filter.
+            own = whitening_constants(fft_length(self.sampling_rate // 4), self.sampling_rate)
+            constants.update({f"whitening_{name}": constant for name, constant in own.items()})
         return constants
 
     def _apply(self, fn, recurse=True):
@@ -182,6 +191,13 @@ class MRMFSpectrogram(nn.Module):
     def num_frames(self, num_samples: int) -> int:
         """T = ceil(N / frame_shift): a frame for each started step of the grid."""
         return -(-num_samples // self.frame_shift)
+
+    def whitened(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Clips (B, N), zero on padding, float32, without a share `whitening` of each one's average spectrum."""
+        if not self.whitening:
+            return waveform
+        constants = (getattr(self, f"whitening_{name}") for name in ("window", "bands", "curve"))
+        return whitened(waveform, self.whitening, *constants)
 
     def spectrogram(self, waveform: torch.Tensor, k: int, num_frames: int, lead: int = 0) -> torch.Tensor:
         """Eq. (1) for the window w_k, and the filter banks: (B, N) float32 -> (B, T, G * F) power.
@@ -240,12 +256,13 @@ class MRMFSpectrogram(nn.Module):
         return torch.cat(slices).unflatten(0, (-1, num_frames))
 
     def forward(
-        self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None
+        self, waveform: torch.Tensor, sample_mask: torch.Tensor | None = None, whiten: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             waveform: (B, N), floats in [-1, 1].
             sample_mask: (B, N), non-zero where the samples are a clip's own; `None` if all are.
+            whiten: `False` where the clips are `whitened` already.
 
         Returns:
             The MRMF spectrograms (B, T, G * K * F), float32, filter outermost, bin innermost; and the mask (B, T),
@@ -259,6 +276,10 @@ class MRMFSpectrogram(nn.Module):
             frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
         with maybe_autocast(waveform.device.type, enabled=False):
             waveform = waveform.float()
+            if whiten and self.whitening:
+                waveform = self.whitened(waveform)
+                if sample_mask is not None:
+                    waveform = waveform.masked_fill(~sample_mask, 0)
             if self.normalize_volume:
                 waveform = at_volume(waveform, sample_mask)
             # A graph that is being traced must not depend on how many slices there are.

@@ -218,8 +218,10 @@ def test_the_scripts_know_the_peers():
 
 def test_transfer_of_a_peer(example, folder, tmp_path):
     peer = str(tmp_path / "cnn")
-    example("peers").main(["--kind", "cnn", "--max_length_seconds", "0.15", "--output_dir", peer, "--normalize_volume"])
-    assert json.loads((tmp_path / "cnn/preprocessor_config.json").read_text())["normalize_volume"] is True
+    same_sounds = ["--normalize_volume", "--whitening", "0.5"]
+    example("peers").main(["--kind", "cnn", "--max_length_seconds", "0.15", "--output_dir", peer, *same_sounds])
+    front_end = json.loads((tmp_path / "cnn/preprocessor_config.json").read_text())
+    assert front_end["normalize_volume"] is True and front_end["whitening"] == 0.5
     assert json.loads((tmp_path / "cnn/config.json").read_text())["num_frames"] == 15  # of 10 ms
     command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
     summary = example("transfer").main(command)

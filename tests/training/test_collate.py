@@ -224,6 +224,34 @@ class TestWaveforms:
         assert min(starts) < 100 and max(starts) > 500
 
 
+class TestNormalisation:
+    def test_a_recording_is_whitened_whole_and_once(self):
+        extractor = CATFeatureExtractor(whitening=0.5, do_mrmf=False)
+        (clip,) = noise_clips(1.0)
+        clip["audio"] = np.cumsum(clip["audio"]) / 30  # the spectrum of noise is white as it is
+        whole = extractor.mrmf.whitened(torch.from_numpy(clip["audio"])[None])[0]
+        assert not torch.allclose(whole, torch.from_numpy(clip["audio"]), atol=0.1)
+        crop = collator(extractor, max_length_seconds=0.25)([clip])["input_values"][0]
+        windows = whole.unfold(0, len(crop), 1)
+        assert (windows - crop).abs().amax(1).min() < 1e-6
+
+    def test_without_augmentation_training_hears_what_evaluation_hears(self):
+        extractor = CATFeatureExtractor(whitening=0.5, normalize_volume=True)
+        clips = noise_clips(0.5, 0.2)
+        features, expected = (collator(extractor, training)(clips)["input_values"] for training in (True, False))
+        torch.testing.assert_close(features, expected, atol=5e-3, rtol=1e-3)
+        assert not torch.allclose(expected, collator(FEATURES)(clips)["input_values"], atol=0.1)
+
+    @pytest.mark.parametrize("normalize_volume", [True, False])
+    def test_where_volume_makes_no_difference_clips_are_as_loud_as_each_other(self, normalize_volume):
+        extractor = CATFeatureExtractor(whitening=0.5, normalize_volume=normalize_volume, do_mrmf=False)
+        clips = noise_clips(0.5, 0.5)
+        clips[1]["audio"] *= 0.01
+        peaks = collator(extractor)(clips)["input_values"].abs().amax(1)
+        ratio = 1 if normalize_volume else 0.01
+        assert peaks[1] / peaks[0] == pytest.approx(ratio, rel=0.2)
+
+
 class TestSpecAugment:
     def masked(self, clips, **augmentation):
         """Features without and with masks as (B, T, G*K, F), and where they differ."""

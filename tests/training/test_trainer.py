@@ -23,7 +23,7 @@ def make_trainer(tmp_path):
         config=None, augmentation=None, do_mrmf=True, sampling_weights=None, spec_augment=None, muon=False, **arguments
     ):
         torch.manual_seed(0)
-        extractor = CATFeatureExtractor(do_mrmf=do_mrmf)
+        extractor = CATFeatureExtractor(do_mrmf=do_mrmf, whitening=(config or {}).get("whitening", 0.0))
         defaults = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
         return AudioTrainer(
             CATForAudioClassification(small_config(problem_type="single_label_classification", **(config or {}))),
@@ -221,10 +221,11 @@ def test_an_interrupted_training_goes_on(make_trainer, tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer):
+@pytest.mark.parametrize("whitening", [0.0, 0.5])
+def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer, whitening):
     """Without augmentation, the same losses in training and evaluation."""
     arguments = {"augmentation": OFF, "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1}
-    arguments["config"] = {"drop_path_rate": 0.0}
+    arguments["config"] = {"drop_path_rate": 0.0, "whitening": whitening}
     waveforms = make_trainer(do_mrmf=False, spec_augment=SpecAugment(CATFeatureExtractor(), 0, 0), **arguments)
     features = make_trainer(**arguments)
     losses = []
@@ -234,6 +235,11 @@ def test_spectrograms_on_the_device_are_those_of_the_extractor(make_trainer):
         losses[-1].append(trainer.evaluate()["eval_loss"])
     assert next(iter(waveforms.get_train_dataloader()))["input_values"].ndim == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_waveforms_are_not_whitened_twice(make_trainer):
+    with pytest.raises(ValueError, match="would whiten what the collator has whitened: pass a `spec_augment`"):
+        make_trainer({"whitening": 0.5}, augmentation=OFF, do_mrmf=False)
 
 
 def test_masks_on_the_device_are_those_of_the_collator(make_trainer):

@@ -5,6 +5,7 @@ would have seen, with any number of data workers. Otherwise all randomness comes
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +20,16 @@ from ..mrmf import filter_edges
 MAX_MASKED_SHARE = 0.5
 # Digital silence, of full scale: the smallest step of 16 bits, which lossy codecs may leave in what was zero.
 SILENCE = 2**-15
+PEAK = 0.5  # of full scale, of a whitened recording where volume makes no difference
 
 
 @dataclass
 class AudioCollator:
     """Collate `{"audio": waveform (N,), "label": ...}` into a batch for the model.
 
-    In training, in this order: a random crop at a random speed, a cyclic time roll, a gain, mixup of waveforms and
-    labels, the feature extractor, SpecAugment. In evaluation: the feature extractor and nothing else.
+    In training, in this order: the extractor's whitening, if it has that, a random crop at a random speed, a cyclic
+    time roll, a gain, mixup of waveforms and labels, the rest of the feature extractor, SpecAugment. In evaluation: the
+    feature extractor and nothing else.
 
     A label is a class id, a list of class ids (several labels), or a row of float targets (num_labels,).
 
@@ -92,6 +95,11 @@ class AudioCollator:
                 "do_mrmf=True, or switch the masks off with time_mask=0 and freq_mask=0 (and, for waveforms, give an "
                 "AudioTrainer its own SpecAugment)"
             )
+        self._front_end = self.feature_extractor
+        self._whitens = self.training and getattr(self.feature_extractor, "whitening", 0) > 0
+        if self._whitens:
+            self._front_end = copy(self.feature_extractor)
+            self._front_end.whitening = 0.0
         self._spec_augment = None
         if masks:
             self._spec_augment = SpecAugment(self.feature_extractor, self.time_mask, self.freq_mask)
@@ -111,11 +119,13 @@ class AudioCollator:
         waveforms = [torch.as_tensor(example["audio"], dtype=torch.float32) for example in examples]
         labels = self._labels([example["label"] for example in examples]) if "label" in examples[0] else None
         if self.training:
+            if self._whitens:
+                waveforms = [self._whiten(waveform) for waveform in waveforms]
             waveforms = [self._roll(self._crop(waveform)) for waveform in waveforms]
             waveforms, labels = self._gain_and_mixup(waveforms, labels)
-        batch = self.feature_extractor(
+        batch = self._front_end(
             [waveform.numpy() for waveform in waveforms],
-            sampling_rate=self.feature_extractor.sampling_rate,
+            sampling_rate=self._front_end.sampling_rate,
             padding=True,
             return_tensors="pt",
         )
@@ -147,6 +157,13 @@ class AudioCollator:
             raise ValueError(
                 f"Labels {ids.tolist()} do not all lie in [0, {self.num_labels}), the classes of the model"
             )
+
+    def _whiten(self, waveform: Tensor) -> Tensor:
+        """A whole recording, since a crop or a mixture says less of microphone and room; then as loud as the others."""
+        waveform = self.feature_extractor.mrmf.whitened(waveform[None])[0]
+        if self.feature_extractor.normalize_volume:
+            waveform = waveform * (PEAK / waveform.abs().max().clamp(min=SILENCE))
+        return waveform
 
     def _crop(self, waveform: Tensor) -> Tensor:
         """A crop at a random speed, of all the sound or of nothing else."""

@@ -31,13 +31,14 @@ class AudioTrainer(Trainer):
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
         sampling_weights: (clips,) to draw the training clips by, with replacement, as `balanced_weights` returns them.
             By default an epoch has every clip once.
-        spec_augment: Masks for batches of waveforms, whose spectrograms are then computed on the model's device.
+        spec_augment: Masks for batches of waveforms, whose spectrograms are then computed on the model's device. Needed
+            (with widths of 0 for no masks) where the front end whitens, which the collator of training has done.
         muon: Whether `Muon` is the optimizer instead of the arguments' `optim`, with their learning rate, betas and
             weight decay.
 
     Raises:
         ValueError: There is not one sampling weight for each training clip, or they contradict
-            `train_sampling_strategy`; or Muon is asked for where weights are sharded.
+            `train_sampling_strategy`; Muon is asked for where weights are sharded; or clips would be whitened twice.
     """
 
     def __init__(
@@ -56,6 +57,12 @@ class AudioTrainer(Trainer):
             )
         if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
+        extractor = getattr(self.data_collator, "feature_extractor", None)
+        if getattr(extractor, "whitening", 0) and not extractor.do_mrmf and spec_augment is None:
+            raise ValueError(
+                "The model would whiten what the collator has whitened: pass a `spec_augment`, which makes the trainer "
+                "compute spectrograms without that, with widths of 0 for no masks; or use do_mrmf=True"
+            )
         self._smoothing = 0.0
         adapted = hasattr(self.model, "get_base_model")  # by peft
         base_model = self.model.get_base_model() if adapted else self.model
@@ -162,7 +169,7 @@ class AudioTrainer(Trainer):
         """Waveforms (B, N) -> what the collator would have made of them: masked spectrograms, on the model's device."""
         inputs = dict(inputs)
         encoder = self.accelerator.unwrap_model(model).base_model
-        features, mask = encoder.features(inputs["input_values"], inputs.pop("attention_mask", None))
+        features, mask = encoder.features(inputs["input_values"], inputs.pop("attention_mask", None), whiten=False)
         inputs["input_values"] = self.spec_augment(features, mask)
         return inputs if mask is None else {**inputs, "attention_mask": mask}
 
