@@ -196,8 +196,11 @@ class MRMFSpectrogram(nn.Module):
         """Clips (B, N), zero on padding, float32, without a share `whitening` of each one's average spectrum."""
         if not self.whitening:
             return waveform
-        constants = (getattr(self, f"whitening_{name}") for name in ("window", "bands", "curve"))
-        return whitened(waveform, self.whitening, *constants)
+        constants = [getattr(self, f"whitening_{name}") for name in ("window", "bands", "curve")]
+        # On a CPU a clip at a time, to stay in its caches; a graph that is being traced must not depend on how many.
+        alone = waveform.device.type == "cpu" and not torch.compiler.is_compiling()
+        parts = waveform.split(1) if alone else [waveform]
+        return torch.cat([whitened(part, self.whitening, *constants) for part in parts])
 
     def spectrogram(self, waveform: torch.Tensor, k: int, num_frames: int, lead: int = 0) -> torch.Tensor:
         """Eq. (1) for the window w_k, and the filter banks: (B, N) float32 -> (B, T, G * F) power.
