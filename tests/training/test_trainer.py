@@ -242,6 +242,18 @@ def test_waveforms_are_not_whitened_twice(make_trainer):
         make_trainer({"whitening": 0.5}, augmentation=OFF, do_mrmf=False)
 
 
+def test_a_collator_that_does_not_whiten_leaves_it_to_the_model(make_trainer):
+    no_masks = SpecAugment(CATFeatureExtractor(), 0, 0)
+    trainer = make_trainer({"whitening": 0.5}, augmentation=OFF, do_mrmf=False, spec_augment=no_masks)
+    plain = AudioCollator(trainer.data_collator.feature_extractor, training=False, num_labels=5)
+    again = AudioTrainer(trainer.model, trainer.args, plain, eval_collator=plain, spec_augment=trainer.spec_augment)
+    batch = plain(trainer.train_dataset[:2])
+    trainer.model.train()
+    expected, mask = trainer.model.cat.features(batch["input_values"], batch["attention_mask"])
+    features = again._with_masked_features(trainer.model, batch)["input_values"]
+    torch.testing.assert_close(features[mask], expected[mask])
+
+
 def test_masks_on_the_device_are_those_of_the_collator(make_trainer):
     masks = {"time_mask": 20, "freq_mask": 8}
     trainer = make_trainer(augmentation=OFF, do_mrmf=False, spec_augment=SpecAugment(CATFeatureExtractor(), **masks))

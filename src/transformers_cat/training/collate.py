@@ -96,8 +96,8 @@ class AudioCollator:
                 "AudioTrainer its own SpecAugment)"
             )
         self._front_end = self.feature_extractor
-        self._whitens = self.training and getattr(self.feature_extractor, "whitening", 0) > 0
-        if self._whitens:
+        self.whitens = self.training and getattr(self.feature_extractor, "whitening", 0) > 0
+        if self.whitens:
             self._front_end = copy(self.feature_extractor)
             self._front_end.whitening = 0.0
         self._spec_augment = None
@@ -119,7 +119,7 @@ class AudioCollator:
         waveforms = [torch.as_tensor(example["audio"], dtype=torch.float32) for example in examples]
         labels = self._labels([example["label"] for example in examples]) if "label" in examples[0] else None
         if self.training:
-            if self._whitens:
+            if self.whitens:
                 waveforms = [self._whiten(waveform) for waveform in waveforms]
             waveforms = [self._roll(self._crop(waveform)) for waveform in waveforms]
             waveforms, labels = self._gain_and_mixup(waveforms, labels)

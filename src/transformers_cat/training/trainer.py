@@ -57,8 +57,8 @@ class AudioTrainer(Trainer):
             )
         if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("Muon needs whole matrices, which FSDP and DeepSpeed shard: train with muon=False")
-        extractor = getattr(self.data_collator, "feature_extractor", None)
-        if getattr(extractor, "whitening", 0) and not extractor.do_mrmf and spec_augment is None:
+        self._whitened = getattr(self.data_collator, "whitens", False)
+        if self._whitened and not self.data_collator.feature_extractor.do_mrmf and spec_augment is None:
             raise ValueError(
                 "The model would whiten what the collator has whitened: pass a `spec_augment`, which makes the trainer "
                 "compute spectrograms without that, with widths of 0 for no masks; or use do_mrmf=True"
@@ -169,7 +169,9 @@ class AudioTrainer(Trainer):
         """Waveforms (B, N) -> what the collator would have made of them: masked spectrograms, on the model's device."""
         inputs = dict(inputs)
         encoder = self.accelerator.unwrap_model(model).base_model
-        features, mask = encoder.features(inputs["input_values"], inputs.pop("attention_mask", None), whiten=False)
+        features, mask = encoder.features(
+            inputs["input_values"], inputs.pop("attention_mask", None), not self._whitened
+        )
         inputs["input_values"] = self.spec_augment(features, mask)
         return inputs if mask is None else {**inputs, "attention_mask": mask}
 
