@@ -43,7 +43,8 @@ def one_window(config) -> dict:
 def global_attention(config) -> dict:
     """One stage of global attention as in AST: as deep as all stages, as wide as the third, or else the last."""
     width = config.stage_width(min(2, len(config.depths) - 1))
-    heads = 2 * max(width // 64, 1)  # of 32 channels, as Swin's; a number that two filters can share
+    # Of 32 channels, as Swin's, or the next more that the width allows; a number that two filters can share.
+    heads = max(heads for heads in range(2, max(width // 32, 2) + 1, 2) if width % heads == 0)
     return {
         "window_size": None,
         "depths": [sum(config.depths)],

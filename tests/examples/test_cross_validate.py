@@ -288,6 +288,15 @@ def test_each_row_of_table_e_is_another_possible_model(example, size):
         assert changed <= set(rows[name]) and (changed or name in ("no convolutions", "w. CL")), name
 
 
+@pytest.mark.parametrize("embed_dim", [6, 36, 50, 96])
+def test_global_attention_has_heads_that_divide_its_width(example, embed_dim):
+    config = CATConfig(embed_dim=embed_dim, depths=[1, 1, 1], num_heads=[2, 2, 2])
+    shape = example("ablate").global_attention(config)
+    assert CATConfig(**shape).hidden_size == 4 * embed_dim
+    if embed_dim == 96:
+        assert shape["num_heads"] == [12]
+
+
 def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example, folder, tmp_path):
     script = example("compare_models")
     own = ["--models", "cat", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15"]
