@@ -79,13 +79,6 @@ def volumes(results: dict) -> str:
     return volume.table(results)
 
 
-def speed(results: dict) -> str:
-    """The table of speeds.py."""
-    import speeds
-
-    return speeds.table(results)
-
-
 def benchmark(results: dict) -> str:
     """The tables of benchmark.py."""
     import benchmark
@@ -117,6 +110,7 @@ def experiment(results: dict) -> str:
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_unwhitened": ("esc10_unwhitened/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_6db": ("esc10_6db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
@@ -124,9 +118,9 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "compare": ("compare/results.json", None, comparison),
+    "compare_unwhitened": ("compare_unwhitened/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "volume": ("volume/results.json", None, volumes),
-    "speeds": ("speeds/results.json", None, speed),
     "ablation": ("table_e/results.json", None, ablation),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),

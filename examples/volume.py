@@ -55,7 +55,7 @@ def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor], torch.T
     return Scores.of(clips, probabilities(logits.numpy(), SINGLE_LABEL), names)
 
 
-def tested_clips(runs: Path, dataset: Dataset, pattern: str) -> dict[Path, Dataset]:
+def tested_clips(runs: Path, dataset: Dataset) -> dict[Path, Dataset]:
     """The folder of each finished run of a cross-validation, and the clips that it was tested on.
 
     Raises:
@@ -64,17 +64,16 @@ def tested_clips(runs: Path, dataset: Dataset, pattern: str) -> dict[Path, Datas
     """
     if is_multi_label(dataset):
         raise ValueError("The clips have several labels; the accuracy is that of clips with one")
-    finished = sorted(runs.glob(f"{pattern}/results.json"))
+    finished = sorted(runs.glob("seed*/fold*/results.json"))
     if not finished:
-        example = pattern.replace("*", "1")
-        raise FileNotFoundError(f"{runs} holds no finished run of cross_validate.py, such as {example}/results.json")
+        raise FileNotFoundError(f"{runs} holds no seed*/fold*/results.json of a finished run of cross_validate.py")
     folds = {path.parent: json.loads(path.read_text())["arguments"]["data"]["test_folds"] for path in finished}
     return {folder: split_folds(dataset, own)["test"] for folder, own in folds.items()}
 
 
 def measure(runs: Path, dataset: Dataset, decibels: list[float]) -> dict[str, float]:
     """decibels -> accuracy over the tested folds of a cross-validation."""
-    clips, results = tested_clips(runs, dataset, "seed*/fold*"), {}
+    clips, results = tested_clips(runs, dataset), {}
     for value in decibels:
         louder = partial(torch.mul, other=10 ** (value / 20))
         scores = [heard(folder, tested, louder) for folder, tested in clips.items()]

@@ -239,7 +239,7 @@ def model_card(
                 dataset_args={"clips": sum(run["metrics"]["eval_clips"] for run in reported)},
                 metric_type=key,
                 metric_name=title,
-                metric_value=mean(run["metrics"][f"eval_{key}"] for run in reported),
+                metric_value=round(mean(run["metrics"][f"eval_{key}"] for run in reported), 4),
             )
             for key, title, _ in metrics
         ]
