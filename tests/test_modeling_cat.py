@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 from transformers_cat.causal import causal_loss, conditional_pns
+from transformers_cat.linear import linear
 from transformers_cat.modeling_cat import (
     CATAttention,
     CATBatchNorm,
@@ -251,9 +252,27 @@ def test_linear_layers_are_matrix_products(bias):
         gradients = torch.autograd.grad(output, [tokens, *module.parameters()], gradient)
         results.append([output, *gradients])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    with torch.no_grad():  # by another operation
+    with torch.no_grad():
         torch.testing.assert_close(layer(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.bfloat16()(tokens.bfloat16()), plain.bfloat16()(tokens.bfloat16()))
+
+
+@pytest.mark.parametrize("widths", [(6, 10), (10, 6)])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 0), (3, 4)])
+def test_gradients_of_a_linear_map(widths, shape):
+    """Of a gradient that is one number in memory, with what is frozen, and of a gradient."""
+    torch.manual_seed(0)
+    tokens, weight, bias = (torch.randn(size) for size in ((*shape, widths[0]), widths[::-1], widths[1:]))
+    for frozen in (None, 0, 1, 2):
+        results = []
+        for function in (linear, nn.functional.linear):
+            inputs = [x.clone().requires_grad_(i != frozen) for i, x in enumerate((tokens, weight, bias))]
+            learnt = [x for x in inputs if x.requires_grad]
+            first = torch.autograd.grad(function(*inputs).sum(), learnt)
+            gradients = torch.autograd.grad(function(*inputs).tanh().square().sum(), learnt, create_graph=True)
+            second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), learnt)
+            results.append([*first, *gradients, *second])
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Linear maps of tokens, by the faster of two ways to compute them, and without keeping what can be had again."""
 
 from collections.abc import Callable
+from itertools import count
 from math import prod
 
 import torch
@@ -11,20 +12,56 @@ from torch.utils.flop_counter import register_flop_formula
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
-def linear(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wanted: bool = True
+) -> torch.Tensor:
     """(..., C) and (D, C) -> (..., D).
 
-    For inference on a CPU in float32 by oneDNN, in the operation that `torch.compile` takes for it, and otherwise as
-    PyTorch does: there by MKL, which takes up to twice the time on some processors that are not Intel's, and the same
-    on others. That operation has no gradient, and knows no other precision and no weights that stand for others, as
-    quantised ones do.
+    On a CPU in float32 by oneDNN, in the operation that `torch.compile` takes for it, and otherwise as PyTorch does:
+    there by MKL, which takes up to twice the time on some processors that are not Intel's, and the same on others. That
+    operation knows no other precision and no weights that stand for others, as quantised ones do.
+
+    Of what is not `wanted`, the gradient is all that counts.
     """
-    differentiated = torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad)
-    float32 = tokens.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    float32 = tokens.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     plain = ONEDNN and tokens.device.type == "cpu" and float32 and type(weight) in (torch.Tensor, nn.Parameter)
-    if differentiated or not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or not tokens.numel():
         return nn.functional.linear(tokens, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNN.apply(tokens, weight, bias, wanted)
+    return _onednn(tokens, weight, bias)
+
+
+def _onednn(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+
+
+class _OneDNN(torch.autograd.Function):
+    """The gradient that oneDNN's operation lacks: two more linear maps and a sum."""
+
+    @staticmethod
+    def forward(
+        ctx, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: bool
+    ) -> torch.Tensor:
+        to_tokens, to_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(tokens if to_weight else None, weight if to_tokens else None)
+        return _onednn(tokens, weight, bias) if wanted else tokens.new_empty(*tokens.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        tokens, weight = ctx.saved_tensors
+        columns = gradient.reshape(-1, gradient.shape[-1]).t()  # (D, N)
+        to_tokens = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_tokens = linear(gradient, weight.t())
+        if ctx.needs_input_grad[1]:
+            channels = tokens.reshape(-1, tokens.shape[-1]).t()  # (C, N)
+            # oneDNN copies what it takes for the tokens, so that these had better be the fewer.
+            few = len(columns) <= len(channels)
+            to_weight = linear(columns, channels) if few else linear(channels, columns).t()
+        if ctx.needs_input_grad[2]:
+            to_bias = columns.sum(1)
+        return to_tokens, to_weight, to_bias, None
 
 
 if ONEDNN:
@@ -47,13 +84,20 @@ def linear_after(
 ) -> torch.Tensor:
     """`layer(prepare(tokens))`, for which training keeps the tokens, but not what is made of them for the layer.
 
-    The backward pass makes that again, which is cheap for a norm or an activation. The layer itself is not computed
-    twice: checkpointing stops when it has what the layer keeps. Of an adapter's layer, which keeps more than its input,
-    it would be; so that is computed as usual, as is what is compiled, where the compiler decides what to keep.
+    The backward pass makes that again, which is cheap for a norm or an activation; the layer's product is not computed
+    twice. Of an adapter's layer, which keeps more than its input, it would be; so that is computed as usual, as is what
+    is compiled, where the compiler decides what to keep.
     """
     if type(layer) not in (CATLinear, nn.Linear) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(prepare(tokens))
-    return checkpoint(lambda tokens: layer(prepare(tokens)), tokens, use_reentrant=False)
+    calls = count()
+
+    def compute(tokens: torch.Tensor) -> torch.Tensor:
+        if next(calls) and type(layer) is CATLinear:
+            return linear(prepare(tokens), layer.weight, layer.bias, wanted=False)
+        return layer(prepare(tokens))
+
+    return checkpoint(compute, tokens, use_reentrant=False)
 
 
 def make_plain(model: nn.Module) -> None:
