@@ -126,6 +126,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "causal": ("causal/results.json", None, experiment),
     "cost": ("cost/results.json", None, cost),
     "benchmark": ("benchmark/results.json", None, benchmark),
+    "benchmark_avx2": ("benchmark_avx2/results.json", None, benchmark),
     "benchmark_gpu": ("benchmark_gpu/results.json", None, benchmark_gpu),
 }
 
