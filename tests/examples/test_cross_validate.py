@@ -153,6 +153,35 @@ def test_volume(example, folder, tmp_path):
     assert set(script.main([*command, "--decibels", "0"])) == {str(tmp_path / "tones"), str(again)}
 
 
+def test_elsewhere(example, folder, tmp_path):
+    """Models that tell the tones hear those of another data set, where they have other names."""
+    script = example("elsewhere")
+    rows = "".join(
+        f"{folder}/{label}{i}.wav,{name}\n" for label, name in (("low", "hum"), ("high", "hiss")) for i in (0, 1)
+    )
+    (tmp_path / "other.csv").write_text(f"audio,label\n{rows}")
+    runs, expected, out = tmp_path / "tones", ("--expected", "low"), ("--output_dir", str(tmp_path / "out"))
+    command = ["--runs", str(runs), "--data", str(tmp_path / "other.csv"), "--label", "hum"]
+    with pytest.raises(FileNotFoundError, match="tones holds neither a model nor the finished runs"):
+        script.main([*command, *expected, *out])
+    example("cross_validate").main(flags(folder, runs, "--num_train_epochs", "4", "--folds", "1", "2"))
+    (results,) = script.main([*command, *expected, *out]).values()
+    assert results == [{"low": 2}, {"low": 2}]
+    assert "| 2 | 2 | 2 | 2 to 2 |  |" in (tmp_path / "out" / "table.md").read_text()
+    command[1] = str(runs / "seed0" / "fold1")
+    deaf = ("--feature_extractor_overrides", '{"log_offset": 1000000.0}')
+    for more, alike in (((), False), (deaf, True)):
+        hum, hiss = (script.main([*command[:-1], name, *expected, *out, *more]) for name in ("hum", "hiss"))
+        assert (hum == hiss) == alike
+    for arguments, message in (
+        ([*command[:-1], "rain", *expected], r"has no class 'rain', only \['hiss', 'hum'\]"),
+        ([*command, "--expected", "hum"], r"has no class 'hum', only \['high', 'low'\]"),
+        ([*command, *expected, "--feature_extractor_overrides", '{"volume": 1}'], "has no 'volume'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main([*arguments, *out])
+
+
 def test_publish(example, folder, tmp_path):
     """A model of all clips, with the scores of the cross-validation of its recipe and of no other."""
     example("cross_validate").main(flags(folder, tmp_path / "cv", "--folds", "1", "2", "--eval_strategy", "no"))
