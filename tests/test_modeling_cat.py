@@ -791,3 +791,30 @@ def test_the_default_sizes_stay_within_their_budget():
     assert tiny - flops(exchange_dim=0) <= 0.05 * tiny
     # two filters: within a few per cent of one stream
     assert tiny <= 1.10 * flops(filters=("mel",))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("waveforms", [True, False])
+def test_function_transforms(implementation, waveforms):
+    """Gradients by torch.func, of all clips together and of each alone, are those of backward."""
+    model = CATForAudioClassification(small_config(attn_implementation=implementation)).eval()
+    awaken(model)
+    inputs, labels = torch.randn(3, 9600) * 0.1 if waveforms else torch.randn(3, 24, 384), torch.tensor([0, 1, 1])
+    weights = dict(model.named_parameters())
+
+    def loss(weights, inputs, labels):
+        logits = torch.func.functional_call(model, weights, (inputs,)).logits
+        return nn.functional.cross_entropy(logits, labels)
+
+    def of_one_clip(weights, clip, label):
+        return loss(weights, clip[None], label[None])
+
+    together = torch.func.grad(loss)(weights, inputs, labels)
+    alone = torch.func.vmap(torch.func.grad(of_one_clip), (None, 0, 0))(weights, inputs, labels)
+    learnt = {name: weight for name, weight in weights.items() if not name.startswith("reconstruction")}
+    expected = torch.autograd.grad(loss(weights, inputs, labels), learnt.values(), allow_unused=True)
+    for name, gradient in zip(learnt, expected):
+        if gradient is not None:
+            torch.testing.assert_close(together[name], gradient, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(alone[name].mean(0), gradient, atol=1e-5, rtol=1e-4)
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) > 20

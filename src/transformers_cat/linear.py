@@ -25,11 +25,16 @@ def linear(
     """
     float32 = tokens.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     plain = ONEDNN and tokens.device.type == "cpu" and float32 and type(weight) in (torch.Tensor, nn.Parameter)
-    if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or not tokens.numel():
+    if not plain or transformed() or not tokens.numel():
         return nn.functional.linear(tokens, weight, bias)
     if torch.is_grad_enabled():
         return _OneDNN.apply(tokens, weight, bias, wanted)
     return _onednn(tokens, weight, bias)
+
+
+def transformed() -> bool:
+    """Whether this is on its way through a compiler, a tracer or torch.func, which know PyTorch's own operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _onednn(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,9 +91,9 @@ def linear_after(
 
     The backward pass makes that again, which is cheap for a norm or an activation; the layer's product is not computed
     twice. Of an adapter's layer, which keeps more than its input, it would be; so that is computed as usual, as is what
-    is compiled, where the compiler decides what to keep.
+    is compiled, where the compiler decides what to keep, and what torch.func transforms.
     """
-    if type(layer) not in (CATLinear, nn.Linear) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if type(layer) not in (CATLinear, nn.Linear) or not torch.is_grad_enabled() or transformed():
         return layer(prepare(tokens))
     calls = count()
 

@@ -886,8 +886,9 @@ class CATModel(CATPreTrainedModel):
         eager = not torch.compiler.is_compiling()
         if eager:
             self.validate(input_values, attention_mask)
-        # Looking at values would break a graph that is being traced, and meta tensors have none.
-        look = eager and not input_values.is_meta
+        # Looking at values would break a graph that is being traced, and meta tensors have none; nor have those that
+        # torch.func transforms.
+        look = eager and not input_values.is_meta and not torch._C._are_functorch_transforms_active()
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
             if look and bool(attention_mask.all()):  # a mask costs time
