@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -102,3 +103,14 @@ def test_what_is_saved_without_code_names_none(checkpoint, tmp_path, monkeypatch
     with include_code(model, extractor):
         model.save_pretrained(tmp_path / "with_code")
     assert (tmp_path / "with_code" / "modeling_cat.py").is_file()
+
+
+def test_each_file_imports_all_that_it_needs_itself(checkpoint):
+    """Old releases copy the files that a class's own file imports, but not those that these import."""
+
+    def imports(name: str) -> set[str]:
+        return set(re.findall(r"^from \.(\w+) import", (checkpoint / f"{name}.py").read_text(), re.MULTILINE))
+
+    for name in ("configuration_cat", "feature_extraction_cat", "modeling_cat"):
+        own = imports(name)
+        assert own.union(*map(imports, own)) == own

@@ -26,6 +26,7 @@ from .configuration_cat import (
     validate_numbers,
 )
 from .mrmf import MRMFSpectrogram
+from .whitening import whitened  # noqa: F401  of mrmf.py; old releases copy what this file itself imports
 
 logger = logging.get_logger(__name__)
 

@@ -26,6 +26,7 @@ from .causal import ReconstructionHead, causal_loss, class_targets, conditional_
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
 from .linear import CATLinear, linear, linear_after, make_plain
 from .mrmf import MRMFSpectrogram
+from .whitening import whitened  # noqa: F401  of mrmf.py; old releases copy what this file itself imports
 
 MAX_LOG_POWER = 10_000.0  # the logarithm of what float32 holds stays within 104 of zero
 # Tokens that are computed at once in inference. On a CPU so few that what lies between the layers stays in the caches:
