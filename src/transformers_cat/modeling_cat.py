@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
-from .linear import CATLinear, linear, linear_after, make_plain
+from .linear import CATLinear, linear, linear_after, make_plain, transformed
 from .mrmf import MRMFSpectrogram
 from .whitening import whitened  # noqa: F401  of mrmf.py; old releases copy what this file itself imports
 
@@ -884,12 +884,10 @@ class CATModel(CATPreTrainedModel):
 
         `whiten` is `False` for waveforms that are whitened already.
         """
-        eager = not torch.compiler.is_compiling()
-        if eager:
+        if not torch.compiler.is_compiling():
             self.validate(input_values, attention_mask)
-        # Looking at values would break a graph that is being traced, and meta tensors have none; nor have those that
-        # torch.func transforms.
-        look = eager and not input_values.is_meta and not torch._C._are_functorch_transforms_active()
+        # Looking at values would break a graph that is being traced, and meta tensors have none.
+        look = not (transformed() or input_values.is_meta)
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
             if look and bool(attention_mask.all()):  # a mask costs time
