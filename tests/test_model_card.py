@@ -120,6 +120,26 @@ def test_several_runs(model, tmp_path):
     assert "all 5 folds were run" in words(model_card(model, "x", runs, "esc10"))
 
 
+def test_several_seeds_of_a_cross_validation(model, tmp_path):
+    everything = run(metrics={"train_loss": 1.0}, clips={"train": 400})
+    scores = {(0, 1): 0.7, (0, 2): 0.8, (1, 1): 0.8, (1, 2): 1.0}
+    runs = [
+        run(metrics__eval_accuracy=score, arguments__data__test_folds=[fold], arguments__training__seed=seed)
+        for (seed, fold), score in scores.items()
+    ]
+    card = reload(model_card(model, "someone/cat-esc10", [everything, *runs], "esc10"), tmp_path)
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_split) == (0.825, "fold 1, fold 2")
+    assert result.dataset_args == {"clips": 160}  # each clip once, however many seeds heard it
+    # Two runs on the same clips are no two samples: folds of 75 and 90 %.
+    assert "error of 4 runs, of the means on 2 sets of clips | | | | | 82.5% ± 7.5% |" in words(card)
+
+
+def test_several_seeds_on_the_same_clips(model):
+    runs = [run(metrics__eval_accuracy=score, arguments__training__seed=i) for i, score in enumerate((0.7, 0.8))]
+    assert "mean ± standard error of 2 runs | | | | | 75.0% ± 5.0% |" in words(model_card(model, "x", runs, "esc10"))
+
+
 def test_trained_on_everything_has_the_score_of_its_cross_validation(model, tmp_path):
     own = run(clips={"train": 400}, metrics={"train_loss": 1.0}, arguments__data__test_folds=None)
     folds = [

@@ -235,11 +235,11 @@ def model_card(
                 task_type=TASK,
                 dataset_type=dataset.hub_id if dataset else (_hub_dataset(own) or ["audiofolder"])[0],
                 dataset_name=dataset_name,
-                dataset_split=", ".join(map(_evaluated_on, reported)),
-                dataset_args={"clips": sum(run["metrics"]["eval_clips"] for run in reported)},
+                dataset_split=", ".join(_by_split(reported)),
+                dataset_args={"clips": sum(runs[0]["metrics"]["eval_clips"] for runs in _by_split(reported).values())},
                 metric_type=key,
                 metric_name=title,
-                metric_value=round(mean(run["metrics"][f"eval_{key}"] for run in reported), 4),
+                metric_value=round(mean(_means(reported, key)), 4),
             )
             for key, title, _ in metrics
         ]
@@ -351,15 +351,35 @@ def _row(run: Mapping, metrics: Sequence) -> dict:
     }
 
 
-def _summary(results: Sequence[Mapping], metrics: Sequence) -> list[str] | None:
-    """Mean and standard error of each metric over several runs."""
-    if len(results) < 2:
+def _by_split(runs: Sequence[Mapping]) -> dict[str, list[Mapping]]:
+    """The runs on each set of clips, in their order."""
+    splits = {}
+    for run in runs:
+        splits.setdefault(_evaluated_on(run), []).append(run)
+    return splits
+
+
+def _means(runs: Sequence[Mapping], key: str) -> list[float]:
+    """A metric's mean over the runs on the same clips, as they are not independent; of single runs if all are such."""
+    splits = list(_by_split(runs).values())
+    groups = splits if len(splits) > 1 else [[run] for run in runs]
+    return [mean(run["metrics"][f"eval_{key}"] for run in group) for group in groups]
+
+
+def _summary(runs: Sequence[Mapping], metrics: Sequence) -> dict | None:
+    """Mean and standard error of each metric over several runs, and in words of what."""
+    if len(runs) < 2:
         return None
-    values = [[run["metrics"][f"eval_{key}"] for run in results] for key, _, _ in metrics]
-    return [
-        f"{form.format(mean(column))} ± {form.format(stdev(column) / sqrt(len(column)))}"
-        for column, (_, _, form) in zip(values, metrics, strict=True)
-    ]
+    splits = len(_by_split(runs))
+    between = f", of the means on {splits} sets of clips" if 1 < splits < len(runs) else ""
+    columns = [(_means(runs, key), form) for key, _, form in metrics]
+    return {
+        "of": f"{len(runs)} runs{between}",
+        "values": [
+            f"{form.format(mean(column))} ± {form.format(stdev(column) / sqrt(len(column)))}"
+            for column, form in columns
+        ],
+    }
 
 
 def _standard_error(run: Mapping | None) -> str | None:
