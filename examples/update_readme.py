@@ -72,11 +72,11 @@ def ablation(results: dict) -> str:
     return markdown_table(["accuracy, %", *columns], rows)
 
 
-def volumes(results: dict) -> str:
-    """The table of volume.py."""
-    import volume
+def robustness(results: dict) -> str:
+    """The table of robustness.py."""
+    import robustness
 
-    return volume.table(results)
+    return robustness.table(results)
 
 
 def benchmark(results: dict) -> str:
@@ -120,7 +120,8 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, comparison),
     "compare_unwhitened": ("compare_unwhitened/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
-    "volume": ("volume/results.json", None, volumes),
+    "volume": ("volume/results.json", None, robustness),
+    "length": ("length/results.json", None, robustness),
     "ablation": ("table_e/results.json", None, ablation),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, experiment),

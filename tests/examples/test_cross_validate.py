@@ -131,8 +131,8 @@ def test_what_would_spoil_the_protocol_is_refused(example, folder, tmp_path, mor
         example("cross_validate").main(flags(folder, tmp_path, *more))
 
 
-def test_volume(example, folder, tmp_path):
-    script = example("volume")
+def test_robustness(example, folder, tmp_path):
+    script = example("robustness")
     command = [
         "--data",
         f"{folder}/clips.csv",
@@ -142,15 +142,30 @@ def test_volume(example, folder, tmp_path):
         str(tmp_path / "out"),
     ]
     with pytest.raises(FileNotFoundError, match="tones holds no seed.*of a finished run"):
-        script.main(command)
+        script.main([*command, "--decibels", "0"])
     summary = example("cross_validate").main(flags(folder, tmp_path / "tones", "--num_train_epochs", "4"))
     (results,) = script.main([*command, "--decibels", "-120", "0"]).values()
-    assert results["0"] == pytest.approx(summary["mean"])  # folds of one size
-    assert results["-120"] == 0.5  # silence: one class for all
+    assert results["0 dB"] == pytest.approx(summary["mean"])  # folds of one size
+    assert results["-120 dB"] == 0.5  # silence: one class for all
     assert (tmp_path / "out" / "table.md").read_text().startswith("|  | -120 dB | 0 dB |")
     again = shutil.copytree(tmp_path / "tones", tmp_path / "again" / "tones")
     command[command.index("--runs") + 1 : command.index("--runs") + 2] = [str(tmp_path / "tones"), str(again)]
-    assert set(script.main([*command, "--decibels", "0"])) == {str(tmp_path / "tones"), str(again)}
+    both = script.main([*command, "--seconds", "0.001", "100"])
+    assert set(both) == {str(tmp_path / "tones"), str(again)}
+    assert all(own["100 s"] == results["0 dB"] for own in both.values())
+    with pytest.raises(SystemExit):
+        script.main(command)
+    with pytest.raises(SystemExit):
+        script.main([*command, "--seconds", "0"])
+
+
+def test_the_loudest_part(example):
+    loudest = example("robustness").loudest
+    clip = torch.tensor([0.0, 3.0, -3.0, 1.0, 0.0, 4.0, 0.0])
+    assert loudest(clip, 2, 1.0).tolist() == [3.0, -3.0]  # two samples at 2 Hz
+    assert loudest(clip, 2, 1.5).tolist() == [3.0, -3.0, 1.0]
+    assert loudest(clip, 2, 0.5).tolist() == [4.0]
+    assert loudest(clip, 2, 9.0) is clip
 
 
 def test_elsewhere(example, folder, tmp_path):

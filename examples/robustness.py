@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-r"""How much a model's accuracy depends on the volume of what it hears.
+r"""How much a model's accuracy depends on the volume and on the length of what it hears.
 
-    python examples/volume.py --data ../shared/data/esc10 --runs runs/esc10 --output_dir runs/volume
+    python examples/robustness.py --data runs/esc10-32k --runs runs/esc10 --decibels -20 0 --output_dir runs/volume
+    python examples/robustness.py --data runs/esc10-32k --runs runs/esc10 --seconds 0.5 1 5 --output_dir runs/length
 
-`--runs` is a folder of `cross_validate.py`: the model of each fold hears the clips of that fold, as they are and louder
-or quieter by each of `--decibels`. Several folders are compared. The result is `results.json` and `table.md`: the
-accuracy over the clips of all folds.
+`--runs` is a folder of `cross_validate.py`: the model of each fold hears the clips of that fold, louder or quieter by
+each of `--decibels`, and the loudest part of each that lasts `--seconds`. Several folders are compared. The result is
+`results.json` and `table.md`: the accuracy over the clips of all folds.
 """
 
 import argparse
@@ -38,17 +39,34 @@ from transformers_cat.training.scores import Scores
 SINGLE_LABEL = PROBLEM_TYPES[0]
 
 
+def louder(waveform: torch.Tensor, sampling_rate: int, decibels: float) -> torch.Tensor:
+    """(N,) -> the same, with a gain."""
+    return waveform * 10 ** (decibels / 20)
+
+
+def loudest(waveform: torch.Tensor, sampling_rate: int, seconds: float) -> torch.Tensor:
+    """(N,) -> the part of that length with the most energy, the first of several; a shorter one as it is."""
+    samples = round(seconds * sampling_rate)
+    if len(waveform) <= samples:
+        return waveform
+    energy = torch.nn.functional.pad(waveform.double().square().cumsum(0), (1, 0))
+    start = int((energy[samples:] - energy[:-samples]).argmax())
+    return waveform[start : start + samples]
+
+
 @torch.no_grad()
-def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
-    """What the model in `folder` says of clips, the waveform (N,) of each of which is changed first."""
+def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Scores:
+    """What the model in `folder` says of clips, the waveform (N,) of each of which is changed first, at its rate."""
     model = AutoModelForAudioClassification.from_pretrained(folder).eval()
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     clips = align_labels(clips, names)
     collator = AudioCollator(extractor, training=False, num_labels=len(names))
 
+    changed = partial(change, sampling_rate=extractor.sampling_rate)
+
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
-        return collator([{**example, "audio": change(torch.as_tensor(example["audio"]))} for example in examples])
+        return collator([{**example, "audio": changed(torch.as_tensor(example["audio"]))} for example in examples])
 
     batches = DataLoader(decode_audio(clips, extractor.sampling_rate), batch_size=16, collate_fn=collate)
     logits = torch.cat([model(**batch).logits for batch in batches])
@@ -71,42 +89,52 @@ def tested_clips(runs: Path, dataset: Dataset) -> dict[Path, Dataset]:
     return {folder: split_folds(dataset, own)["test"] for folder, own in folds.items()}
 
 
-def measure(runs: Path, dataset: Dataset, decibels: list[float]) -> dict[str, float]:
-    """decibels -> accuracy over the tested folds of a cross-validation."""
+def changes(decibels: list[float], seconds: list[float]) -> dict[str, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """What the clips are changed by, by name."""
+    gains = {f"{value:+g} dB" if value else "0 dB": partial(louder, decibels=value) for value in decibels}
+    return gains | {f"{value:g} s": partial(loudest, seconds=value) for value in seconds}
+
+
+def measure(runs: Path, dataset: Dataset, changes: dict[str, Callable]) -> dict[str, float]:
+    """The accuracy over the tested folds of a cross-validation, for each of the changes."""
     clips, results = tested_clips(runs, dataset), {}
-    for value in decibels:
-        louder = partial(torch.mul, other=10 ** (value / 20))
-        scores = [heard(folder, tested, louder) for folder, tested in clips.items()]
+    for name, change in changes.items():
+        scores = [heard(folder, tested, change) for folder, tested in clips.items()]
         shares = [own.metrics(SINGLE_LABEL)["accuracy"] for own in scores]
         sizes = [len(own.paths) for own in scores]
-        results[f"{value:+g}" if value else "0"] = float(np.average(shares, weights=sizes))
+        results[name] = float(np.average(shares, weights=sizes))
     return results
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """run -> decibels -> accuracy, as a table."""
+    """run -> change -> accuracy, as a table."""
     columns = list(next(iter(results.values())))
     rows = [[name, *(per_cent(own[column], None) for column in columns)] for name, own in results.items()]
-    return markdown_table(["", *(f"{column} dB" for column in columns)], rows)
+    return markdown_table(["", *columns], rows)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script.
 
     Returns:
-        The content of `results.json`: run -> decibels -> accuracy.
+        The content of `results.json`: run -> change -> accuracy.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder or CSV file of the clips, in folds")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of cross_validate.py")
-    parser.add_argument("--decibels", type=float, nargs="+", default=[-20, -10, 0, 10])
+    parser.add_argument("--decibels", type=float, nargs="+", default=[], help="gains")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[], help="lengths")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
+    if not args.decibels + args.seconds:
+        parser.error("nothing to change: pass --decibels, --seconds or both")
+    if any(value <= 0 for value in args.seconds):
+        parser.error(f"--seconds must be positive, not {args.seconds}")
     dataset = without_only_split(load_audio_dataset(args.data))
     named = {runs.name for runs in args.runs}
+    changed = changes(args.decibels, args.seconds)
     results = {
-        runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, args.decibels)
-        for runs in args.runs
+        runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, changed) for runs in args.runs
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "results.json", results)
