@@ -80,20 +80,24 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
 
 
 def table(results: dict) -> str:
-    """What `main` returns, as Markdown."""
+    """What `main` returns, as Markdown; with several seeds, a fold's figure is their mean."""
     folds = list(next(iter(results.values()))["folds"])
     tuned = any(own["tuning"] for own in results.values())
+    with_seeds = any(own["seeds"] > 1 for own in results.values())
     with_loss = all("loss" in own for own in results.values())
     rows = []
     for model, own in results.items():
         tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
+        chosen = [tuning, own["learning_rate"]] if tuned else []
+        seeds = [own["seeds"]] if with_seeds else []
         scores = [per_cent(own["folds"][fold], None) for fold in folds]
         mean = per_cent(own["mean"], own["deviation"])
-        chosen = [tuning, own["learning_rate"]] if tuned else []
         loss = [f"{own['loss']:.2f}"] if with_loss else []
-        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *scores, mean, *loss])
-    columns = [*(["fold that chose the learning rate", "chosen"] if tuned else []), *(f"fold {fold}" for fold in folds)]
-    return markdown_table(["model", "parameters", *columns, "mean", *(["loss"] if with_loss else [])], rows)
+        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *seeds, *scores, mean, *loss])
+    columns = ["fold that chose the learning rate", "chosen"] if tuned else []
+    columns += ["seeds"] if with_seeds else []
+    columns += [f"fold {fold}" for fold in folds] + ["mean"] + (["loss"] if with_loss else [])
+    return markdown_table(["model", "parameters", *columns], rows)
 
 
 def main(argv: list[str] | None = None) -> dict:
