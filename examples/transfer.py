@@ -8,7 +8,7 @@ For each seed, a model of all clips of the source is trained into `seed<s>/sourc
 then a linear probe (`probe.json`: logistic regression on Z, nothing else is trained) and the start of a fine-tuning
 (`seed<s>/fine_tuned`). What is finished is not run again. All other flags are those of `run_audio_classification.py`
 and hold for both trainings, but for `--config_name`, `--config_overrides` and `--init_from`, which make the source's
-model, and `--source_epochs`.
+model.
 
 `summary.json` and `summary.md` hold both results, means over folds and seeds.
 """
@@ -37,7 +37,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--data", required=True, help="folder or CSV file with folds to transfer to")
     parser.add_argument("--config_name", required=True, help="the model, trained from scratch on the source")
     parser.add_argument("--config_overrides", help="JSON that replaces values of its configuration")
-    parser.add_argument("--source_epochs", type=float, help="its epochs, where --num_train_epochs is the target's alone")
     parser.add_argument("--init_from", help="a Swin or CLAP (HTS-AT) checkpoint whose trunk is its start")
     parser.add_argument(
         "--leave_out_shared_recordings",
@@ -55,8 +54,6 @@ def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: 
     for name in ("config_overrides", "init_from"):
         if getattr(args, name):
             own += [f"--{name}", getattr(args, name)]
-    if args.source_epochs is not None:
-        own += ["--num_train_epochs", str(args.source_epochs)]
     if args.leave_out_shared_recordings:
         own += ["--leave_out_recordings_of", args.data]
     run.main([*flags, *own, "--do_train", "--eval_strategy", "no"])

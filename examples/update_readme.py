@@ -120,6 +120,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, comparison),
     "compare_unwhitened": ("compare_unwhitened/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
+    "transfer_cnn": ("transfer_cnn/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "volume": ("volume/results.json", None, robustness),
     "length": ("length/results.json", None, robustness),
     "ablation": ("table_e/results.json", None, ablation),
