@@ -357,7 +357,7 @@ def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(exampl
     runs = json.loads((tmp_path / "cnn/0.001/summary.json").read_text())["runs"]
     assert results["folds"] == {"1": 0.5, "2": 0.75} and results["deviation_of"] == "seeds"
     assert results["loss"] == pytest.approx(np.mean([run["metrics"]["eval_loss"] for run in runs]))
-    assert "| model | parameters | fold 1 | fold 2 | mean | loss |" in (tmp_path / "table.md").read_text()
+    assert "| model | parameters | seeds | fold 1 | fold 2 | mean | loss |" in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit):
         example("compare_models").main(flags(folder, tmp_path, "--folds", "1"))
 
