@@ -8,7 +8,7 @@ Every model (`cat`, and the peers in `peers.py`) is trained with each of the lea
 the rate that was best there on the others. What counts are those other folds: the first has chosen something. With one
 learning rate, nothing is chosen, and all folds count. All other flags are those of `cross_validate.py`, which resumes
 what was interrupted; with several `--seeds`, a score is their mean. The result is `results.json`, `table.md` and
-`table.png`.
+`table.png`, which keep the models of earlier calls into the same folder.
 """
 
 import argparse
@@ -64,15 +64,16 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     best = max(tuning, key=tuning.get) if tuning else rates[0]
     folder, summary = cross_validated(best, reported)
     seeds = list(summary["seeds"].values())
+    folds = {str(fold): mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in reported}
+    mean, deviation = mean_and_deviation(list(folds.values()))
     one = cross_validate.run_folder(folder, next(iter(summary["seeds"])), reported[0])
     return {
         "learning_rate": f"{best:g}",
         "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
         "seeds": len(seeds),
-        "folds": {str(fold): mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in reported},
-        "mean": summary["mean"],
-        "deviation": summary["deviation"],
-        "deviation_of": summary["deviation_of"],
+        "folds": folds,
+        "mean": mean,
+        "deviation": deviation,
         "loss": mean_and_deviation([own["loss"] for own in seeds])[0],
         "note": summary["note"],
         "parameters": AutoModelForAudioClassification.from_pretrained(one).num_parameters(),
@@ -108,8 +109,13 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args, flags = parse_arguments(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = {model: measure(model, args, flags) for model in args.models}
-    write_json(args.output_dir / "results.json", results)
+    path = args.output_dir / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    reported = [str(fold) for fold in (args.folds if len(args.learning_rates) == 1 else args.folds[1:])]
+    if any(list(own["folds"]) != reported for own in results.values()):
+        raise ValueError(f"{path} is about other folds than {', '.join(reported)}. Choose another --output_dir")
+    results |= {model: measure(model, args, flags) for model in args.models}
+    write_json(path, results)
     text = table(results)
     (args.output_dir / "table.md").write_text(text, encoding="utf-8")
     print(text)

@@ -46,7 +46,7 @@ def louder(waveform: torch.Tensor, sampling_rate: int, decibels: float) -> torch
 
 def loudest(waveform: torch.Tensor, sampling_rate: int, seconds: float) -> torch.Tensor:
     """(N,) -> the part of that length with the most energy, the first of several; a shorter one as it is."""
-    samples = round(seconds * sampling_rate)
+    samples = max(round(seconds * sampling_rate), 1)
     if len(waveform) <= samples:
         return waveform
     energy = torch.nn.functional.pad(waveform.double().square().cumsum(0), (1, 0))
@@ -62,7 +62,6 @@ def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor, int], to
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     clips = align_labels(clips, names)
     collator = AudioCollator(extractor, training=False, num_labels=len(names))
-
     changed = partial(change, sampling_rate=extractor.sampling_rate)
 
     def collate(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -355,11 +355,19 @@ def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(exampl
     results = script.main(flags(folder, tmp_path, *own, "--seeds", "1", "2"))["cnn"]
     assert results["tuning"] == {} and results["learning_rate"] == "0.001" and results["seeds"] == 2
     runs = json.loads((tmp_path / "cnn/0.001/summary.json").read_text())["runs"]
-    assert results["folds"] == {"1": 0.5, "2": 0.75} and results["deviation_of"] == "seeds"
+    assert results["folds"] == {"1": 0.5, "2": 0.75}
+    assert results["mean"] == 0.625 and results["deviation"] == pytest.approx(0.25 / 2**0.5)  # of the folds
     assert results["loss"] == pytest.approx(np.mean([run["metrics"]["eval_loss"] for run in runs]))
     assert "| model | parameters | seeds | fold 1 | fold 2 | mean | loss |" in (tmp_path / "table.md").read_text()
     with pytest.raises(SystemExit):
         example("compare_models").main(flags(folder, tmp_path, "--folds", "1"))
+
+    # Another model joins those that were compared before, but not by other folds.
+    own[own.index("cnn")] = "hts-at"
+    monkeypatch.setattr(script, "measure", lambda *_: results)
+    assert list(script.main(flags(folder, tmp_path, *own))) == ["cnn", "hts-at"]
+    with pytest.raises(ValueError, match="is about other folds than 2. Choose another"):
+        script.main(flags(folder, tmp_path, *own, "--folds", "2"))
 
 
 @pytest.mark.parametrize("kind", ["cnn", "hts-at", "ast"])
