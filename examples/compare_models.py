@@ -8,7 +8,7 @@ Every model (`cat`, and the peers in `peers.py`) is trained with each of the lea
 the rate that was best there on the others. What counts are those other folds: the first has chosen something. With one
 learning rate, nothing is chosen, and all folds count. All other flags are those of `cross_validate.py`, which resumes
 what was interrupted; with several `--seeds`, a score is their mean. The result is `results.json`, `table.md` and
-`table.png`, which keep the models of earlier calls into the same folder.
+`table.png`, which keep the models of earlier calls into the same folder; only seeds and models may then differ.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--config_overrides", default="{}", help="JSON that replaces values of it")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--folds", type=int, nargs="+", required=True, help="the first one chooses among several rates")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max_length_seconds", type=float, default=2.5, help="length of the training crops")
     parser.add_argument("--output_dir", type=Path, required=True)
     args, flags = parser.parse_known_args(argv)
@@ -56,7 +57,7 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     def cross_validated(rate: float, folds: list[int]) -> tuple[Path, dict]:
         folder = args.output_dir / model / f"{rate:g}"
         command = [*flags, *own, "--learning_rate", str(rate), "--output_dir", str(folder)]
-        return folder, cross_validate.main([*command, "--folds", *map(str, folds)])
+        return folder, cross_validate.main([*command, "--folds", *map(str, folds), "--seeds", *map(str, args.seeds)])
 
     if len(rates) > 1:
         first, *reported = args.folds
@@ -109,11 +110,10 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args, flags = parse_arguments(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    own = {key: value for key, value in vars(args).items() if key not in ("models", "seeds", "output_dir")}
+    cross_validate.remember({**own, "flags": flags}, args.output_dir / "flags.json")
     path = args.output_dir / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    reported = [str(fold) for fold in (args.folds if len(args.learning_rates) == 1 else args.folds[1:])]
-    if any(list(own["folds"]) != reported for own in results.values()):
-        raise ValueError(f"{path} is about other folds than {', '.join(reported)}. Choose another --output_dir")
     results |= {model: measure(model, args, flags) for model in args.models}
     write_json(path, results)
     text = table(results)

@@ -362,12 +362,13 @@ def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(exampl
     with pytest.raises(SystemExit):
         example("compare_models").main(flags(folder, tmp_path, "--folds", "1"))
 
-    # Another model joins those that were compared before, but not by other folds.
+    # Another model joins those that were compared before, but not by another recipe or on other folds.
     own[own.index("cnn")] = "hts-at"
     monkeypatch.setattr(script, "measure", lambda *_: results)
     assert list(script.main(flags(folder, tmp_path, *own))) == ["cnn", "hts-at"]
-    with pytest.raises(ValueError, match="is about other folds than 2. Choose another"):
-        script.main(flags(folder, tmp_path, *own, "--folds", "2"))
+    for more in (["--folds", "2"], ["--speed", "1"]):
+        with pytest.raises(ValueError, match="holds runs with other flags"):
+            script.main(flags(folder, tmp_path, *own, *more))
 
 
 @pytest.mark.parametrize("kind", ["cnn", "hts-at", "ast"])
