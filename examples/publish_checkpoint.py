@@ -23,7 +23,7 @@ def check_same_recipe(own: dict, others: list[dict]) -> None:
         "data": {"test_folds", "validation_folds"},
         "training": {"output_dir", "eval_strategy", "do_eval", "seed"},
     }
-    ignored["training"] |= {"logging_dir", "run_name", "hub_model_id"}
+    ignored["training"] |= {"disable_tqdm", "logging_dir", "report_to", "run_name", "hub_model_id"}
     for other in others:
         for part in ("data", "training"):
             ours, theirs = own["arguments"][part], other["arguments"][part]

@@ -110,6 +110,7 @@ def experiment(results: dict) -> str:
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_strided": ("esc10_strided/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_unwhitened": ("esc10_unwhitened/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),

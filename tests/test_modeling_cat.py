@@ -588,14 +588,16 @@ def test_running_statistics_are_those_of_the_batch(padded):
     torch.testing.assert_close(norm.running_var, 0.9 * before + 0.1 * 4 * features.flatten(0, 2).var(0))
 
 
-def test_stem_is_a_chain_of_strided_convolutions_added_to_the_patches():
+def test_stem_is_a_chain_of_convolutions_with_maximum_pooling_added_to_the_patches():
     torch.manual_seed(0)
     model = awaken(CATModel(small_config())).eval()
     stem = model.embeddings.stem
     images = torch.randn(2, 13, 64, 3)
     expected = images.permute(0, 3, 1, 2)
     for convolution, norm in zip(stem.convolutions, stem.norms):
-        expected = nn.functional.conv2d(expected, convolution.weight, stride=2, padding=1)
+        expected = nn.functional.pad(expected, (0, 0, 0, expected.shape[2] % 2))
+        expected = nn.functional.conv2d(expected, convolution.weight, padding=1)
+        expected = nn.functional.max_pool2d(expected, 2)
         arguments = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         expected = nn.functional.batch_norm(expected, *arguments).relu()
     expected = stem.output(expected.permute(0, 2, 3, 1))

@@ -360,18 +360,18 @@ class CATResolutionExchange(nn.Module):
 
 
 class CATStem(nn.Module):
-    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, each halving both axes.
+    """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, each with maximum pooling.
 
-    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality. What
-    it adds to the patch embedding has the scale of that, but starts as zero beside pre-trained weights.
+    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality. With
+    pooling instead of their strides, what it learns carries over better to other sounds. What it adds to the patch
+    embedding has the scale of that, but starts as zero beside pre-trained weights.
     """
 
     def __init__(self, config: CATConfig):
         super().__init__()
         channels = [config.num_resolutions, *config.stem_channels]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
-            for before, after in zip(channels, channels[1:])
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(channels, channels[1:])
         )
         for convolution in self.convolutions:
             convolution.initial_std = (2 / convolution.weight[0].numel()) ** 0.5  # He et al., 2015
@@ -383,10 +383,11 @@ class CATStem(nn.Module):
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, F, K), mask (B, T) -> (B, t, f, C)."""
         for convolution, norm in zip(self.convolutions, self.norms):
-            half = -(-features.shape[1] // 2)
-            # Channels last, as it comes: the permutations move no data.
-            features = convolution(features.permute(0, 3, 1, 2).to(convolution.weight.dtype)).permute(0, 2, 3, 1)
-            features = crop_time(features, half, 1)  # its length already; but so one expression where T is symbolic
+            # Channels last, as it comes: the permutations move no data. Zeros before the convolution, as padding has
+            # them, or the maximum at the end of a clip would depend on its batch.
+            features = pad_time(features, 2, 1).permute(0, 3, 1, 2)
+            features = convolution(features.to(convolution.weight.dtype))
+            features = nn.functional.max_pool2d(features, 2).permute(0, 2, 3, 1)
             frame_mask = any_of(frame_mask, 2)
             features = zero_padding(self.activation(norm(features, frame_mask, norm.weight.requires_grad)), frame_mask)
         return self.output(features.to(self.convolutions[0].weight.dtype))  # the layer's own may be quantised
@@ -433,10 +434,9 @@ class CATEmbeddings(nn.Module):
 
     def forward(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T, G * K * F), mask (B, T) -> X_g (G, B, t, f, C)."""
-        features = features.unflatten(2, self.shape)  # (B, T, G, K, F)
-        local = None if self.stem is None else self.convolve(features, frame_mask)
+        images = features.unflatten(2, self.shape)  # (B, T, G, K, F)
         time, bins = self.projection.kernel_size
-        features = pad_time(features, time, 1)
+        features = pad_time(images, time, 1)
         size = (features.shape[0], features.shape[1] // time, features.shape[4] // bins)
         position = None if self.position is None else self.position(*size[1:])
         parts = []
@@ -444,16 +444,24 @@ class CATEmbeddings(nn.Module):
             frames = steps if steps == slice(None) else slice(steps.start * time, steps.stop * time)
             here = None if position is None else (position[0][steps], position[1])
             tokens = self.tokens(features[clips, frames], here)
-            if local is not None:
-                tokens = tokens + local[:, clips, steps]
+            if self.stem is not None:
+                mask = None if frame_mask is None else frame_mask[clips]
+                tokens = tokens + self.convolve(images[clips], mask, steps)
             parts.append(self.norm(tokens))
         return self.dropout(join_slices(parts, features.shape[0]))
 
-    def convolve(self, features: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
-        """The stem's part: (B, T, G, K, F), mask (B, T) -> (G, B, t, f, C)."""
+    def convolve(self, images: torch.Tensor, frame_mask: torch.Tensor | None, steps: slice) -> torch.Tensor:
+        """The stem's part of the tokens at `steps`: (B, T, G, K, F), mask (B, T) -> (G, B, steps, f, C)."""
+        if steps != slice(None):
+            # With a token before and after, beyond which the convolutions do not reach: 2**n - 1 frames, n of them.
+            time = self.projection.kernel_size[0]
+            first = max(steps.start - 1, 0)
+            frames = slice(first * time, (steps.stop + 1) * time)
+            images, steps = images[:, frames], slice(steps.start - first, steps.stop - first)
+            frame_mask = None if frame_mask is None else frame_mask[:, frames]
         mask = None if frame_mask is None else frame_mask.repeat(self.shape[0], 1)
-        images = torch.cat(features.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
-        return self.stem(images, mask).unflatten(0, (self.shape[0], -1))
+        images = torch.cat(images.permute(2, 0, 1, 4, 3).unbind())  # (G * B, T, F, K)
+        return self.stem(images, mask)[:, steps].unflatten(0, (self.shape[0], -1))
 
     def tokens(self, features: torch.Tensor, position: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Of each patch alone: (B, T, G, K, F), position (t, f, C) and (G, K, C) -> (G, B, t, f, C)."""

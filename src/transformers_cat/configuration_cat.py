@@ -151,8 +151,8 @@ class CATConfig(PreTrainedConfig):
             frequency; 0 leaves it out.
         use_position_embedding (`bool`, defaults to `True`): The 3-D position embedding of eq. 3.
         stem_channels (`tuple[int, ...]`, defaults to `()`): Channels of the 3x3 convolutions of a residual stem beside
-            the patch embedding. Each halves time and frequency, so n of them need a patch of `(2**n, 2**n)`; none
-            leaves the stem out. Beside pre-trained weights it starts as zero.
+            the patch embedding. The maximum after each halves time and frequency, so n of them need a patch of
+            `(2**n, 2**n)`; none leaves the stem out. Beside pre-trained weights it starts as zero.
 
     Trunk (Fig. 1):
 
