@@ -516,18 +516,21 @@ def test_slices_change_nothing(monkeypatch, tokens, lengths, variant):
     model = model_with(**VARIANTS[variant], attn_implementation="eager")
     features = torch.randn(3, 331, model.config.feature_size) * 3 - 5
     mask = torch.arange(331) < torch.tensor(lengths)[:, None]
-    outputs, calls = [], []
+    outputs, calls = [], {}
     stem, block = model.cat.embeddings.stem, model.cat.stages[0].blocks[0].norm_mlp
+
+    def note(part, inputs, _):
+        calls.setdefault((part, size), []).append(inputs[0].numel())
+
     for size in (10**9, tokens):
         monkeypatch.setattr("transformers_cat.modeling_cat.CPU_SLICE", size)
-        hooks = [
-            part.register_forward_hook(lambda part, *_, size=size: calls.append((part, size))) for part in (stem, block)
-        ]
+        hooks = [part.register_forward_hook(note) for part in (stem, block)]
         outputs.append(model(features, attention_mask=mask, output_attentions=True, output_hidden_states=True))
         for hook in hooks:
             hook.remove()
-    assert calls.count((stem, 10**9)) == calls.count((block, 10**9)) == 1
-    assert calls.count((stem, tokens)) > 1 and (calls.count((block, tokens)) > 1 or variant == "global kernel")
+    for part in (stem,) if variant == "global kernel" else (stem, block):
+        (whole,) = calls[part, 10**9]
+        assert max(calls[part, tokens]) < (whole if tokens == 3000 else whole / 3)  # some of the clips, or part of one
     torch.testing.assert_close(*(output.logits for output in outputs), atol=1e-5, rtol=1e-5)
     for name in ("hidden_states", "attentions"):
         for whole, sliced in zip(*(getattr(output, name) for output in outputs), strict=True):
