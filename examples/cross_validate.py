@@ -129,12 +129,19 @@ def summarise_runs(output_dir: Path, seeds: list[int], folds: list[int | None], 
 
 
 def table(summary: dict) -> str:
-    """The folds of each seed, as Markdown; the losses too, where the summary has them."""
-    seeds = summary["seeds"].values()
-    folds = list(next(iter(seeds))["folds"])
+    """The folds of each seed and, of several, their means, as Markdown; the losses too, where the summary has them."""
+    seeds = list(summary["seeds"].values())
+    folds = list(seeds[0]["folds"])
     with_loss = all("loss" in own for own in seeds)
+    named = list(summary["seeds"].items())
+    if len(seeds) > 1:
+        means = {fold: mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in folds}
+        total = {"folds": means, "mean": summary["mean"], "deviation": summary["deviation"]}
+        if with_loss:
+            total["loss"], _ = mean_and_deviation([own["loss"] for own in seeds])
+        named.append(("mean", total))
     rows = []
-    for seed, own in summary["seeds"].items():
+    for seed, own in named:
         scores = [per_cent(own["folds"][fold], None) for fold in folds]
         loss = [f"{own['loss']:.2f}"] if with_loss else []
         rows.append([seed, *scores, per_cent(own["mean"], own["deviation"]), *loss])

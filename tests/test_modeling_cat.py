@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import SwinConfig, SwinModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 from transformers_cat.causal import causal_loss, conditional_pns
@@ -166,7 +166,7 @@ def test_gradients_of_unfused_attention_are_those_of_torch(monkeypatch):
     gradients = []
     for own in (True, False):
         if not own:
-            monkeypatch.setattr(CATAttention, "kernel", lambda self, bias: sdpa_attention_forward)
+            monkeypatch.setattr(CATAttention, "kernel", lambda *_, **__: sdpa_attention.sdpa_attention_forward)
         output = model(features, mask).last_hidden_state
         gradients.append(torch.autograd.grad(output.square().sum(), list(model.parameters()), allow_unused=True))
     for ours, theirs in zip(*gradients):
@@ -174,11 +174,14 @@ def test_gradients_of_unfused_attention_are_those_of_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_fused_attention_gives_no_weights(gradients):
-    """Nor does what stands in for it on a CPU where gradients are needed."""
+def test_fused_attention_gives_no_weights(gradients, monkeypatch):
+    """And transformers' warning says so, on a CPU also where gradients are needed and something stands in for it."""
+    warned = []
+    monkeypatch.setattr(sdpa_attention.logger, "warning_once", warned.append)
     model = CATModel(small_config())
     with torch.set_grad_enabled(gradients):
         assert model(torch.randn(2, 40, model.config.feature_size), output_attentions=True).attentions == ()
+    assert "set your attention to `eager`" in warned[0]
 
 
 def test_position_embedding_is_equation_3():

@@ -569,7 +569,7 @@ class CATAttention(nn.Module):
         # To the kernel, the windows are further heads: so the clips share a bias that is as large as one of them.
         query, key, value = self.heads(streams, norm, window).flatten(2, 3)
         bias = self.bias(mask, query.shape[1] // self.num_heads, window[0])
-        output, weights = self.kernel(bias)(
+        output, weights = self.kernel(bias, **kwargs)(
             self,
             query,
             key,
@@ -582,11 +582,13 @@ class CATAttention(nn.Module):
         output = output.unflatten(2, (-1, self.num_heads)).flatten(3).transpose(1, 2)
         return self.output(window_reverse(output, window, t, f)), weights
 
-    def kernel(self, bias: torch.Tensor | None) -> Callable:
+    def kernel(self, bias: torch.Tensor | None, output_attentions: bool = False, **kwargs) -> Callable:
         """The attention function for a bias."""
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and bias is not None and bias.requires_grad and bias.device.type == "cpu":
-            # No fused kernel of a CPU has a gradient for the bias, and what PyTorch falls back to keeps more for it.
+        needs_gradient = bias is not None and bias.requires_grad and bias.device.type == "cpu"
+        # No fused kernel of a CPU has a gradient for the bias, and what PyTorch falls back to keeps more for it. But
+        # transformers' own function says that it has no attentions to give.
+        if implementation == "sdpa" and needs_gradient and not output_attentions:
             return unfused_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 

@@ -88,6 +88,15 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     assert len(started) == 1
 
 
+def test_several_seeds_have_a_row_of_means(example):
+    seeds = {
+        0: {"folds": {1: 0.5, 2: 0.75}, "mean": 0.625, "deviation": 0.2, "loss": 0.5},
+        1: {"folds": {1: 0.75, 2: 1.0}, "mean": 0.875, "deviation": 0.2, "loss": 0.25},
+    }
+    summary = {"seeds": seeds, "mean": 0.75, "deviation": 0.1}
+    assert example("cross_validate").table(summary).splitlines()[4:] == ["| mean | 62.5 | 87.5 | 75.0 ± 10.0 | 0.38 |"]
+
+
 def test_prepared_clips_keep_their_folds(example, folder, tmp_path):
     """Shards come as a data set of one split, which is no split."""
     prepared = tmp_path / "prepared"
