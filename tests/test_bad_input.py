@@ -341,6 +341,10 @@ class TestForward:
             return
         assert logits.shape == (shape[0], 5) and logits.isfinite().all()
 
+    def test_features_without_a_batch_are_no_waveforms(self, model):
+        with pytest.raises(ValueError, match=r"shape \(40, 384\), but must be MRMF features \(clips, frames, 384\)"):
+            model(torch.zeros(40, 384))
+
     @pytest.mark.parametrize("bad", [None, [[0.0]], np.zeros((1, 400), np.float32), "audio"])
     def test_what_is_no_tensor_is_refused(self, model, bad):
         with pytest.raises(ValueError, match="`input_values`"):
@@ -388,6 +392,7 @@ class TestLabels:
             ("multi_label_classification", 5, torch.zeros(2)),
             ("multi_label_classification", 5, torch.zeros(2, dtype=torch.long)),
             ("multi_label_classification", 5, torch.zeros(1, 5)),
+            ("multi_label_classification", 1, torch.zeros(2)),
             ("regression", 5, torch.zeros(2)),
             ("regression", 1, torch.zeros(3)),
         ],
@@ -411,6 +416,7 @@ class TestLabels:
             (None, 1, torch.zeros(2, 1)),
             ("single_label_classification", 5, torch.full((2, 5), 0.2)),
             ("multi_label_classification", 5, torch.ones(2, 5)),
+            ("multi_label_classification", 1, torch.ones(2, 1)),
             ("multi_label_classification", 5, torch.ones(2, 5, dtype=torch.long)),
             ("regression", 5, torch.randn(2, 5)),
         ],

@@ -15,6 +15,7 @@ from transformers_cat.causal import (
     class_targets,
     closed_form_pns,
     conditional_pns,
+    linear_head,
     reconstruction_loss,
     roll_donors,
 )
@@ -746,6 +747,35 @@ def test_module_accepts_a_model_that_returns_a_dict():
     labels = torch.arange(BATCH) % CLASSES
     output = CausalModule(DictModel())(values=torch.randn(BATCH, WIDTH), labels=labels)
     assert list(output) == ["loss", "classification_loss", "causal_loss", "logits"]
+
+
+def test_module_refuses_what_has_no_classes_or_no_names():
+    with pytest.raises(ValueError, match="`problem_type` is 'regression'"):
+        CausalModule(tiny_ast(problem_type="regression"))
+    with pytest.raises(ValueError, match="drop `return_dict=False`"):
+        CausalModule(tiny_ast())(input_values=clips(), labels=INDEX_LABELS, return_dict=False)
+
+
+class Adapted(nn.Module):
+    """As adapters wrap a layer: it and, with dropout, a map of low rank."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+        self.added, self.dropout = nn.Linear(layer.in_features, layer.out_features, bias=False), nn.Dropout(0.5)
+
+    def forward(self, latents):
+        return self.layer(latents) + self.added(self.dropout(latents))
+
+
+def test_linear_head_is_what_makes_the_logits():
+    plain = nn.Linear(WIDTH, CLASSES)
+    latents = torch.randn(BATCH, WIDTH)
+    assert linear_head(plain, latents)[0] is plain.weight
+    adapted = Adapted(plain).train()
+    weight, bias = linear_head(adapted, latents)
+    assert adapted.dropout.training and not weight.requires_grad
+    assert_same(latents @ weight.T + bias, adapted.eval()(latents), 1e-5)
 
 
 def test_module_refuses_latents_that_are_not_pooled():

@@ -4,6 +4,7 @@ Its test classes are not part of the installed package, so the behaviours are te
 attentions and hidden states are one for each stage, and what it embeds is sound.
 """
 
+import copy
 import inspect
 import json
 import shutil
@@ -771,6 +772,27 @@ def test_peft_gradient_checkpointing_enable_disable(use_reentrant):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_causal_loss_and_pns_of_an_adapted_head():
+    """They are of the head that makes the logits, as after merging the adapter into it."""
+    peft = pytest.importorskip("peft")
+    inputs = inputs_for(CATForAudioClassification, labels=True)
+    model = build(CATForAudioClassification, drop_path_rate=0.0)
+    lora = peft.LoraConfig(r=2, target_modules=["classifier"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora).train()
+    outputs = adapted(**inputs, output_pns=True)
+    merged = adapted.merge_and_unload()(**inputs, output_pns=True)
+    for name in ("causal_loss", "pns"):
+        torch.testing.assert_close(outputs[name], merged[name])
+
+
+def test_pns_of_a_quantised_head():
+    model, inputs = build(CATForAudioClassification), inputs_for(CATForAudioClassification)
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+    with torch.no_grad():
+        expected, pns = (each(**inputs, output_pns=True).pns for each in (model, quantised))
+    torch.testing.assert_close(pns, expected, atol=0.02, rtol=0.1)
+
+
 def test_enable_input_require_grads(model_class):
     model = build(model_class).requires_grad_(False)
     model.enable_input_require_grads()
@@ -877,6 +899,17 @@ def test_sdpa_can_compile_dynamic(backend):
             torch.testing.assert_close(compiled(features).logits, model(features).logits, atol=1e-4, rtol=1e-4)
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[2], "a graph for each length"
+
+
+def test_waveforms_of_any_length_can_be_compiled():
+    model = build(CATForAudioClassification, depths=(1, 1), num_heads=(2, 4), depthwise_kernel_size=0, stem_channels=())
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for samples in (20_000, 31_111):
+            waveforms = torch.randn(2, samples)
+            mask = (torch.arange(samples) < torch.tensor([[samples], [9_000]])).int()
+            torch.testing.assert_close(compiled(waveforms, mask).logits, model(waveforms, mask).logits)
 
 
 def test_torch_compile_for_training():

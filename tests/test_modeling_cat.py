@@ -568,6 +568,16 @@ def test_batch_norm_is_over_the_frames_that_hold_audio():
     torch.testing.assert_close(norm(features, mask)[mask], reference(features[mask]), atol=1e-5, rtol=1e-5)
 
 
+def test_batch_norm_without_momentum_averages_all_batches():
+    """As `torch.optim.swa_utils.update_bn` asks of it."""
+    norm, reference = CATBatchNorm(8, affine=False, momentum=None), nn.BatchNorm1d(8, affine=False, momentum=None)
+    for batch in torch.randn(3, 5, 4, 8):
+        norm(batch)
+        reference(batch.flatten(0, 1))
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    torch.testing.assert_close(norm.running_var, reference.running_var)
+
+
 def test_batch_norm_of_token_maps_is_torchs_with_its_gradients():
     torch.manual_seed(0)
     norm, reference = awaken(CATBatchNorm(8)), nn.BatchNorm2d(8)

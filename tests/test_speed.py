@@ -140,15 +140,17 @@ class CopyCounter(TorchDispatchMode):
         return output
 
 
-def test_training_does_not_keep_a_gpu_waiting():
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_does_not_keep_a_gpu_waiting(masked):
     """By tensors without values, which say that they are on a GPU: a step makes all that it needs there."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device("cuda"):
             config = CATConfig(problem_type="single_label_classification", reconstruction_loss_weight=1.0)
             model = CATForAudioClassification(config).train()
             features, labels = torch.randn(4, FRAMES, 384), torch.zeros(4, dtype=torch.long)
+            mask = torch.ones(4, FRAMES, dtype=torch.int32) if masked else None
         with CopyCounter() as counter:
-            model(features, labels=labels)
+            model(features, mask, labels)
     assert counter.waits == []
 
 

@@ -94,6 +94,15 @@ def test_digital_silence_stays_silent():
     torch.testing.assert_close(front_end(0.5).whitened(loud_and_silent)[:1], whitened)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_silence_has_a_gradient(share):
+    """As a baseline of integrated gradients has to have."""
+    clips = torch.cat([torch.zeros(1, 9_000), coloured(9_000)]).requires_grad_()
+    features, _ = front_end(share, normalize_volume=True)(clips)
+    features.sum().backward()
+    assert clips.grad.isfinite().all() and clips.grad[1].any()
+
+
 def test_a_clip_is_whitened_by_its_own_samples_alone():
     """Whatever it is padded with, and whatever the other clips of its batch are."""
     transform = front_end(0.5, normalize_volume=True)

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns
+from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns, linear_head
 from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
 from .linear import CATLinear, linear, linear_after, make_plain, transformed
 from .mrmf import MRMFSpectrogram
@@ -287,7 +287,7 @@ class CATBatchNorm(nn.BatchNorm1d):
         """Moves the running averages towards a batch's mean and unbiased variance."""
         self.num_batches_tracked += 1
         # The first batches count in full, or a short training would leave the initial 0 and 1 in the average.
-        rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+        rate = (1.0 / self.num_batches_tracked).clamp(min=self.momentum or 0.0)  # None: all batches count alike
         self.running_mean.copy_(torch.lerp(self.running_mean.float(), mean, rate))
         self.running_var.copy_(torch.lerp(self.running_var.float(), variance, rate))
 
@@ -900,7 +900,8 @@ class CATModel(CATPreTrainedModel):
         look = not (transformed() or input_values.is_meta)
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            if look and bool(attention_mask.all()):  # a mask costs time
+            # A mask costs time, but in training a look at it would keep a GPU waiting.
+            if look and not (self.training and attention_mask.is_cuda) and bool(attention_mask.all()):
                 attention_mask = None
         if input_values.ndim == 2:
             features, attention_mask = self.mrmf(input_values, attention_mask, whiten)
@@ -924,7 +925,8 @@ class CATModel(CATPreTrainedModel):
                 f"`input_values` must be a tensor of floats, the output of CATFeatureExtractor, not {kind}."
             )
         shape = tuple(input_values.shape)
-        if not (len(shape) == 2 or (len(shape) == 3 and shape[2] == self.config.feature_size)):
+        # As wide as features, two dimensions are one clip's without its batch, not waveforms of some milliseconds.
+        if not len(shape) == 2 + (shape[-1:] == (self.config.feature_size,)):
             raise ValueError(
                 f"`input_values` has shape {shape}, but must be MRMF features (clips, frames, "
                 f"{self.config.feature_size}) or waveforms (clips, samples). Make them with a CATFeatureExtractor that "
@@ -1115,7 +1117,8 @@ class CATForAudioClassification(CATPreTrainedModel):
             raise ValueError(f"`labels` must be a tensor, not {type(labels).__name__}.")
         problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else None)
         indices = not labels.is_floating_point() and problem_type in (None, "single_label_classification")
-        shapes = [(clips,), (clips, 1)] if indices or self.num_labels == 1 else [(clips, self.num_labels)]
+        flat = indices or (self.num_labels == 1 and problem_type != "multi_label_classification")
+        shapes = [(clips,), (clips, 1)] if flat else [(clips, self.num_labels)]
         if tuple(labels.shape) not in shapes:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)} and type {labels.dtype}, but {clips} clips and `num_labels` "
@@ -1135,8 +1138,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         """l_c, eq. (8)."""
         return causal_loss(
             latents,
-            self.classifier.weight,
-            self.classifier.bias,
+            *linear_head(self.classifier, latents),
             class_targets(labels, self.num_labels),
             estimator=self.config.causal_estimator,
             num_donors=self.config.num_donors,
@@ -1154,10 +1156,7 @@ class CATForAudioClassification(CATPreTrainedModel):
             targets = (logits > 0).float()
         else:
             targets = class_targets(logits.argmax(-1), self.num_labels)
-        weight, bias = self.classifier.weight, self.classifier.bias
-        if weight.is_meta and not latents.is_meta:  # offloaded: they are there in the head's own forward only
-            bias = self.classifier(torch.zeros_like(latents[:1]))[0]
-            weight = (self.classifier(torch.eye(latents.shape[1]).to(latents)) - bias).T
+        weight, bias = linear_head(self.classifier, latents)
         return conditional_pns(
             latents, weight, bias, targets, num_donors=self.config.num_donors, multi_label=multi_label
         ).clamp(min=0)

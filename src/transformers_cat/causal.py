@@ -193,6 +193,23 @@ def class_targets(labels: Tensor, num_classes: int) -> Tensor:
     return F.one_hot(labels.clamp(min=0).long(), num_classes).float() * (labels >= 0)[:, None]
 
 
+def linear_head(head: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight W (C, d) and bias b (C) of the linear map by which `head` makes logits of latents (n, d).
+
+    A plain layer's are its own. What an adapter adds, a quantiser packs, or offloading fetches for the head's own
+    forward alone, shows in what the head makes of zero and of the unit vectors; no gradient leads to it.
+    """
+    if type(head) is nn.Linear and head.weight.is_meta == latents.is_meta:
+        return head.weight, head.bias
+    training = head.training
+    head.eval()  # without an adapter's dropout
+    with torch.no_grad():
+        bias = head(torch.zeros_like(latents[:1]))[0]
+        weight = (head(torch.eye(latents.shape[1]).to(latents)) - bias).T
+    head.train(training)
+    return weight, bias
+
+
 class ReconstructionHead(nn.Module):
     """Phi of eq. 7: a 1x1 convolution and a pixel shuffle, from the last token map to what the network saw.
 
@@ -314,6 +331,8 @@ class CausalModule(nn.Module):
         self.head = _find_head(model) if head is None else head
         if not isinstance(model.get_submodule(self.head), nn.Linear):
             raise ValueError(f"The head '{self.head}' is not a torch.nn.Linear.")
+        if getattr(getattr(model, "config", None), "problem_type", None) == "regression":
+            raise ValueError("The causal loss is of classes, and the model's `problem_type` is 'regression'.")
         self.loss_weight = loss_weight
         self.estimator = estimator
         self.num_donors = num_donors
@@ -347,6 +366,8 @@ class CausalModule(nn.Module):
             output = self.model(**inputs)
         if not captured:
             raise ValueError(f"The model did not run its head '{self.head}'.")
+        if isinstance(output, tuple):
+            raise ValueError("The model returned a tuple, which names no logits and no loss: drop `return_dict=False`.")
 
         # transformers' own loss takes class indices only; mixed-up classes need their probabilities.
         classification = F.cross_entropy(output["logits"].float(), targets) if soft_classes else output["loss"]
@@ -354,8 +375,7 @@ class CausalModule(nn.Module):
         if self.training:
             losses["causal_loss"] = causal_loss(
                 captured[-1],
-                head.weight,
-                head.bias,
+                *linear_head(head, captured[-1]),
                 targets,
                 estimator=self.estimator,
                 num_donors=self.num_donors,

@@ -74,7 +74,7 @@ def at_volume(waveform: torch.Tensor, sample_mask: torch.Tensor | None) -> torch
     power = waveform.square().mean(-1, keepdim=True)
     if sample_mask is not None:
         power = power / sample_mask.float().mean(-1, keepdim=True).clamp(min=1e-9)
-    return waveform * (VOLUME / power.sqrt().clamp(min=SILENCE))
+    return waveform * (VOLUME / power.clamp(min=SILENCE**2).sqrt())  # in this order, silence has a gradient
 
 
 def frames_to_grid(power: torch.Tensor, hop_length: int, frame_shift: int, num_frames: int) -> torch.Tensor:
@@ -275,7 +275,10 @@ class MRMFSpectrogram(nn.Module):
         if sample_mask is not None:
             sample_mask = sample_mask.bool()
             waveform = waveform.masked_fill(~sample_mask, 0)
-            padded = nn.functional.pad(sample_mask, (0, -sample_mask.shape[-1] % self.frame_shift))
+            num_samples = sample_mask.shape[-1]
+            # By the number of frames, and no other expression of it, where the length is symbolic.
+            missing = self.num_frames(num_samples) * self.frame_shift - num_samples
+            padded = nn.functional.pad(sample_mask, (0, missing))
             frame_mask = padded.unflatten(-1, (-1, self.frame_shift)).any(-1)
         with maybe_autocast(waveform.device.type, enabled=False):
             waveform = waveform.float()

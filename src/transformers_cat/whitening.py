@@ -42,6 +42,7 @@ def whitened(
     spectrum = torch.fft.rfft(padded.unfold(-1, 2 * hop, hop) * window)  # (B, L, D)
     power = torch.view_as_real(spectrum).square().sum((1, -1))
     gain = power_gain(power, bands, curve, share)
+    gain = gain.clamp(min=1e-30)  # what silence has, 0, would have no gradient
     frames = torch.fft.irfft(spectrum * gain.sqrt()[:, None])
     first, second = frames.chunk(2, dim=-1)
     filtered = (first[:, 1:] + second[:, :-1]).flatten(1)
