@@ -296,7 +296,7 @@ class TestFeatureExtractor:
             assert re.search("max_length|pad_to_multiple_of|adding", str(error)), error
             return
         assert all(np.isfinite(values).all() for values in batch["input_values"])
-        assert [int(mask.sum()) for mask in batch["attention_mask"]] >= [1, 1]
+        assert all(mask.sum() >= 1 for mask in batch["attention_mask"])
 
     @pytest.mark.slow
     def test_an_hour_of_silence(self, model):

@@ -690,6 +690,13 @@ def test_module_trains_the_encoder_and_not_the_head_by_the_causal_loss():
     assert max(gradient.abs().max() for gradient in encoder) > 0
 
 
+def test_module_in_evaluation_has_the_models_own_loss():
+    model = tiny_ast().eval()
+    output = CausalModule(model).eval()(input_values=clips(), labels=INDEX_LABELS)
+    assert "causal_loss" not in output
+    assert_same(output.loss, model(clips(), labels=INDEX_LABELS).loss, 0)
+
+
 def test_module_without_labels_is_the_model(monkeypatch):
     model = tiny_ast().eval()
     module = CausalModule(model).eval()

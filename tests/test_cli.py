@@ -426,3 +426,10 @@ def test_the_shipped_model_names_the_clips_that_it_learnt(data_dir):
     names |= {"21": "sneezing", "38": "clock_tick", "40": "helicopter", "41": "chainsaw"}
     right = [scores[0]["label"] == names[file.stem.split("-")[-1]] for file, _, scores, _ in results]
     assert sum(right) / len(right) > 0.8
+
+
+def test_the_device_is_the_pipelines(folder, checkpoint, monkeypatch):
+    made = []
+    monkeypatch.setattr("transformers_cat.cli.pipeline", lambda *a, **o: made.append(o["device"]) or pipeline(*a, **o))
+    assert main(["classify", str(folder / "a.wav"), "--model", str(checkpoint), "--device", "cpu"]) == 0
+    assert made == [torch.device("cpu")]

@@ -132,3 +132,13 @@ def test_what_is_no_swin_is_refused():
     ast = ASTModel(ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16))
     with pytest.raises(ValueError, match="audio-spectrogram-transformer"):
         load_trunk(CATModel(cat_config()), ast)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_get_the_table_of_the_heads_whose_channels_they_have(heads):
+    source, model = swin(num_heads=[heads, 4, 8]), CATModel(cat_config())
+    load_trunk(model, source)
+    old = dict(source.named_parameters())
+    (table,) = (v for n, v in old.items() if "layers.0.blocks.1." in n and n.endswith("relative_position_bias_table"))
+    expected = table.expand(-1, 2) if heads == 1 else table.unflatten(1, (2, 2)).mean(2)
+    torch.testing.assert_close(model.stages[0].blocks[1].attention.position_bias.table, expected)

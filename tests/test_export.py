@@ -197,3 +197,12 @@ def test_script_and_the_ten_lines_of_its_docstring(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.startswith(f"sound {index} 0.")
     session = onnxruntime.InferenceSession("runs/esc10-onnx/model.onnx")
     assert [value.shape for value in session.get_inputs()] == [["batch", "length"]] * 2
+
+
+def test_the_graph_is_checked_on_the_clips_that_are_given(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr("transformers_cat.export.compare", lambda exported, graph, batches: checked.extend(batches))
+    model = make_model(depths=(1,), num_heads=(2,), stem_channels=())
+    export(model, tmp_path, inputs="features", format="torch_export", clips=[noise(12_345)])
+    features, mask = checked[-1]
+    assert features.shape == (2, 39, 384) and mask.sum(1).tolist() == [39, 13]

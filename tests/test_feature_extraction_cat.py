@@ -209,5 +209,13 @@ def test_travels_to_data_workers(extractor, clips):
 
 
 def test_filter_banks_are_built_once(extractor, clips, monkeypatch):
+    extractor(clips, sampling_rate=RATE)
     monkeypatch.setattr("transformers_cat.mrmf.filter_bank", None)
     extractor(clips, sampling_rate=RATE)
+
+
+def test_padding_has_the_padding_value():
+    clip = torch.randn(2_000) * 0.1
+    batch = CATFeatureExtractor(padding_value=-7.0)([clip, clip[:900]], sampling_rate=RATE, return_tensors="pt")
+    padding = ~batch["attention_mask"].bool()
+    assert padding.any() and (batch["input_values"][padding] == -7).all()

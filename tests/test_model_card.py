@@ -253,3 +253,7 @@ def test_real_data_sets_are_known(data_dir):
 def test_the_template_lies_with_the_models():
     template = Path(__file__).parents[1] / "model_cards" / "template.md"
     assert "{{ card_data }}" in template.read_text(encoding="utf-8")
+
+
+def test_a_license_of_ones_own_counts(model):
+    assert model_card(model, "x", [run()], "esc10", license="mit").data.license == "mit"

@@ -9,7 +9,7 @@ from transformers import SwinConfig, SwinModel
 from transformers.integrations import sdpa_attention
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
-from transformers_cat.causal import causal_loss, conditional_pns
+from transformers_cat.causal import causal_loss, class_targets, conditional_pns
 from transformers_cat.linear import linear
 from transformers_cat.modeling_cat import (
     CATAttention,
@@ -182,6 +182,80 @@ def test_fused_attention_gives_no_weights(gradients, monkeypatch):
     with torch.set_grad_enabled(gradients):
         assert model(torch.randn(2, 40, model.config.feature_size), output_attentions=True).attentions == ()
     assert "set your attention to `eager`" in warned[0]
+
+
+def test_pns_of_several_labels_is_of_those_that_are_likelier_than_not(small_model):
+    small_model.config.problem_type, small_model.config.num_donors = "multi_label_classification", 1
+    head = small_model.classifier
+    head.bias.data.copy_(torch.tensor([0.2, -0.2, 1.0, -1.0, 0.3]))
+    output = small_model(torch.randn(4, 40, 384), output_pns=True)
+    assert ((output.logits > 0) & (output.logits < 0.5)).any()
+    predicted = (output.logits.sigmoid() > 0.5).float()
+    options = {"num_donors": 1, "multi_label": True}
+    expected = conditional_pns(output.pooler_output, head.weight, head.bias, predicted, **options).clamp(min=0)
+    torch.testing.assert_close(output.pns, expected)
+    assert output.pns.max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ({"causal_estimator": "closed_form"}, {"estimator": "closed_form"}),
+        ({"causal_form": "literal"}, {"form": "literal"}),
+        ({"causal_reduction": "sum"}, {"reduction": "sum"}),
+        ({"num_donors": 1}, {"num_donors": 1}),
+    ],
+    ids=str,
+)
+def test_causal_loss_is_the_one_that_the_configuration_asks_for(overrides, options):
+    model = model_with(problem_type="single_label_classification", drop_path_rate=0.0, **overrides).train()
+    labels = torch.tensor([0, 4, 2, 2])
+    output = model(torch.randn(4, 40, 384), labels=labels)
+    arguments = (output.pooler_output, model.classifier.weight, model.classifier.bias, class_targets(labels, 5))
+    torch.testing.assert_close(output.causal_loss, causal_loss(*arguments, **options))
+    assert not torch.isclose(output.causal_loss, causal_loss(*arguments), rtol=1e-3)
+
+
+def test_stochastic_depth_rises_linearly_over_all_blocks():
+    model = CATModel(small_config(drop_path_rate=0.4))
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_sizes_and_switches_reach_the_layers():
+    model = CATModel(small_config(mlp_ratio=1.5, qkv_bias=False, hidden_act="relu", use_position_embedding=False))
+    block = model.stages[1].blocks[0]
+    assert block.mlp[0].out_features == 48 and isinstance(block.mlp[1], nn.ReLU)
+    assert all(projection.bias is None for projection in block.attention.qkv)
+    assert model.embeddings.position is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_is_for_training_alone(dropout, implementation):
+    features, models = torch.randn(2, 40, 384), []
+    for rate in (0.0, 0.5):
+        torch.manual_seed(0)
+        config = small_config(drop_path_rate=0.0, attn_implementation=implementation, **{dropout: rate})
+        models.append(awaken(CATModel(config)).eval())
+    plain, model = models
+    torch.testing.assert_close(model(features).pooler_output, plain(features).pooler_output)
+    for module in model.train().modules():
+        if isinstance(module, CATBatchNorm):
+            module.eval()
+    one, other = (model(features).pooler_output for _ in range(2))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@torch.no_grad()
+def test_tokens_start_with_unit_variance():
+    """Of each part, for features of unit variance."""
+    torch.manual_seed(0)
+    embeddings = CATModel(small_config(embed_dim=96, exchange_dim=16)).embeddings
+    patches = embeddings.projection.cut(torch.randn(4, 80, 2, 3, 64))
+    assert embeddings.projection(patches).std() == pytest.approx(1, rel=0.15)
+    assert torch.einsum("gbtfkp,kpd->gbtfkd", patches, embeddings.exchange.qkv).std() == pytest.approx(1, rel=0.15)
 
 
 def test_position_embedding_is_equation_3():

@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import lowpass_biquad, treble_biquad
 
 from transformers_cat import MRMFSpectrogram
-from transformers_cat.whitening import NUM_BANDS
+from transformers_cat.whitening import NUM_BANDS, whitened
 
 RATE = 32_000
 
@@ -101,6 +101,22 @@ def test_silence_has_a_gradient(share):
     features, _ = front_end(share, normalize_volume=True)(clips)
     features.sum().backward()
     assert clips.grad.isfinite().all() and clips.grad[1].any()
+
+
+def test_clips_of_a_batch_are_whitened_apart():
+    """Also where they are computed at once, as on a GPU."""
+    constants = [getattr(front_end(0.5), f"whitening_{name}") for name in ("window", "bands", "curve")]
+    loud, faint = coloured(RATE), 1e-3 * coloured(RATE, seed=1)
+    together = whitened(torch.cat([loud, faint]), 0.5, *constants)
+    for clip, own in zip((loud, faint), together):
+        torch.testing.assert_close(own[None], whitened(clip, 0.5, *constants), atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "length"), [(32_000, 8_192), (16_000, 4_096), (1_000, 1_024)])
+def test_the_filter_is_a_quarter_of_a_second_long(rate, length):
+    """Checkpoints were trained on what it makes of a clip."""
+    transform = front_end(0.5, sampling_rate=rate, f_max=rate / 2, window_lengths=(400,), hop_lengths=(320,))
+    assert len(transform.whitening_window) == length
 
 
 def test_a_clip_is_whitened_by_its_own_samples_alone():

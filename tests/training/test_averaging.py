@@ -118,3 +118,11 @@ def test_wrong_numbers(tmp_path, epochs, message):
     with pytest.raises(ValueError, match=message):
         trainer.add_callback(WeightAveraging(trainer, epochs))
         trainer.train()
+
+
+@pytest.mark.parametrize("sharded", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_weights_are_refused(tmp_path, sharded):
+    trainer = make_trainer(tmp_path)
+    setattr(trainer, sharded, True)
+    with pytest.raises(ValueError, match="train without FSDP/DeepSpeed"):
+        WeightAveraging(trainer, 2)

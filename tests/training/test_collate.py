@@ -128,7 +128,7 @@ class TestMixup:
         torch.manual_seed(0)
         clips = noise_clips(0.1, 0.02)
         batch = collator(mixup_probability=1.0)(clips)
-        assert batch["attention_mask"].sum(dim=1).tolist() == [3200, 3200]
+        assert batch["input_values"].shape == (2, 3200) and "attention_mask" not in batch  # as nothing is padding
         lone = collator(mixup_probability=1e-9)(clips)
         assert lone["attention_mask"].sum(dim=1).tolist() == [3200, 640]
 
@@ -252,15 +252,28 @@ class TestNormalisation:
         assert peaks[1] / peaks[0] == pytest.approx(ratio, rel=0.2)
 
 
+@pytest.mark.parametrize(("normalize_volume", "gain"), [(False, 12.0), (True, 0.0)])
+def test_volume_varies_by_default_unless_it_makes_no_difference(normalize_volume, gain):
+    extractor = CATFeatureExtractor(normalize_volume=normalize_volume)
+    assert AudioCollator(extractor, training=True, num_labels=4).gain_db == gain
+
+
+def test_augmentations_are_on_by_default():
+    collate = AudioCollator(FEATURES, training=True, num_labels=4)
+    assert (collate.time_mask, collate.freq_mask, collate.time_roll, collate.speed) == (48, 12, 1.0, 1.25)
+    assert (collate.mixup_probability, collate.mixup_alpha) == (0.5, 1.0)
+
+
 class TestSpecAugment:
     def masked(self, clips, **augmentation):
         """Features without and with masks as (B, T, G*K, F), and where they differ."""
         plain = collator(FEATURES)(clips)
         batch = collator(FEATURES, **augmentation)(clips)
-        assert torch.equal(batch["attention_mask"], plain["attention_mask"])
+        mask = plain.get("attention_mask", torch.ones(plain["input_values"].shape[:2]))
+        assert torch.equal(batch.get("attention_mask", torch.ones_like(mask)), mask)
         shape = (*plain["input_values"].shape[:2], -1, FEATURES.num_bins)
         before, after = plain["input_values"].view(shape), batch["input_values"].view(shape)
-        return before, after, before != after, plain["attention_mask"].bool()
+        return before, after, before != after, mask.bool()
 
     @staticmethod
     def band(hit):

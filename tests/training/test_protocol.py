@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import soundfile
 from datasets import Dataset
 
-from transformers_cat.training.probe import linear_probe
+from transformers_cat import CATFeatureExtractor, load_audio
+from transformers_cat.training.probe import embed, linear_probe
 from transformers_cat.training.protocol import comparability, refuse_reshuffled_folds, summarise
 
 
@@ -48,3 +50,23 @@ def test_probe_is_fitted_to_the_other_folds():
     assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0, 3: 1.0}
     labels[folds == 3] = 1 - labels[folds == 3]  # only fold 3 contradicts the others
     assert linear_probe(latents[folds != 2], labels[folds != 2], folds[folds != 2]) == {1: 0.0, 3: 0.0}
+
+
+def test_latents_are_those_of_evaluation_in_the_order_of_the_clips(small_model, tmp_path):
+    paths = [tmp_path / f"{i}.wav" for i in range(3)]
+    for path, samples in zip(paths, (9_000, 20_000, 4_000)):
+        soundfile.write(path, np.random.default_rng(samples).normal(0, 0.1, samples), 32_000)
+    dataset = Dataset.from_dict({"audio": [str(path) for path in paths], "label": [0, 1, 0]})
+    latents = embed(small_model.train(), extractor := CATFeatureExtractor(), dataset, batch_size=2)
+    for path, latent in zip(paths, latents, strict=True):
+        alone = small_model.eval()(**extractor(load_audio(path), sampling_rate=32_000, return_tensors="pt"))
+        np.testing.assert_allclose(latent, alone.pooler_output[0].detach(), atol=1e-4)
+
+
+def test_probe_is_of_standardised_latents():
+    """A feature of tiny values counts as much as one of large ones."""
+    generator = np.random.default_rng(0)
+    labels, folds = np.tile([0, 1], 30), np.repeat([1, 2, 3], 20)
+    latents = generator.normal(size=(60, 4))
+    latents[:, 0] = 1e-3 * (labels + 0.1 * latents[:, 0])
+    assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0, 3: 1.0}

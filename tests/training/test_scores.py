@@ -1,5 +1,6 @@
 """Score files and ensembles: what is written is read, and only what belongs together is averaged."""
 
+import csv
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,21 @@ def test_what_is_written_is_read(scores, tmp_path):
         scores.folds,
     )
     np.testing.assert_array_equal(again.values, scores.values)
+
+
+def test_the_likeliest_class_is_named(tmp_path):
+    with write_scores(ONE, tmp_path / "scores.csv").open(newline="") as file:
+        rows = [(row["predicted"], row["probability"]) for row in csv.DictReader(file)]
+    assert rows == [("dog, small", "0.75"), ("label", "0.5"), ("dog, small", "0.5")]
+
+
+def test_parts_with_their_classes_in_another_order():
+    last = replace(ONE.select([2]), names=ONE.names[::-1], values=ONE.values[2:, ::-1])
+    again = concatenate_scores([ONE.select([0, 1]), last])
+    assert again.names == ONE.names
+    np.testing.assert_array_equal(again.values, ONE.values)
+    with pytest.raises(ValueError, match="classes of another part, differ: 1 lacking: emu; 1 more: gnu"):
+        concatenate_scores([ONE, replace(ONE, names=["dog, small", "label", "gnu"])])
 
 
 def test_small_probabilities_keep_their_order(tmp_path):

@@ -97,6 +97,24 @@ def test_smoothed_labels_of_an_adapted_model(make_trainer):
     assert "causal_loss" in logged and logged["reconstruction_loss"] > 0.5
 
 
+def test_the_data_seed_decides_what_is_drawn(make_trainer):
+    def drawn(**seeds):
+        return [batch["labels"].tolist() for batch in batches(make_trainer(augmentation=OFF, **seeds))]
+
+    assert drawn(seed=1, data_seed=7) == drawn(seed=2, data_seed=7) != drawn(seed=1, data_seed=8)
+
+
+def test_each_log_has_the_parts_since_the_last_one(make_trainer):
+    """Of training alone, also where the model is evaluated in between."""
+    trainer = make_trainer(max_steps=4, eval_strategy="steps", eval_steps=1, learning_rate=1e-2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parts = ("classification_loss", "causal_loss", "reconstruction_loss")
+    assert len(logged) == 2
+    for entry in logged:
+        assert sum(entry[name] for name in parts) == pytest.approx(entry["loss"], abs=2e-3)
+
+
 def test_evaluation_is_not_augmented(make_trainer):
     trainer = make_trainer()
     batch = next(iter(trainer.get_eval_dataloader()))

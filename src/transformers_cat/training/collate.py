@@ -54,8 +54,9 @@ class AudioCollator:
     A zero (or 1 for the speed, None for the length) switches an augmentation off.
 
     Returns:
-        A dict with the extractor's outputs, `input_values` (B, T, D) and `attention_mask` (B, T), and `labels`: int64
-        (B,), or float32 (B, C) where a clip has several labels or mixup is on. Without labels in the examples, none.
+        A dict with the extractor's outputs, `input_values` (B, T, D) and, where anything is padding, `attention_mask`
+        (B, T); and `labels`: int64 (B,), or float32 (B, C) where a clip has several labels or mixup is on. Without
+        labels in the examples, none.
 
     Raises:
         ValueError: an augmentation's value is out of range, or masks are asked for without features to mask.
@@ -132,6 +133,8 @@ class AudioCollator:
         batch = dict(batch)
         if self._spec_augment is not None:
             batch["input_values"] = self._spec_augment(batch["input_values"], batch.get("attention_mask"))
+        if "attention_mask" in batch and batch["attention_mask"].all():
+            del batch["attention_mask"]  # a mask costs time, and a look at it later would keep a GPU waiting
         if labels is not None:
             batch["labels"] = labels
         return batch
