@@ -11,9 +11,9 @@ r"""The ablations of the paper's Table II and of the model's parts, each row a c
         e   not the paper's: what the configuration has, and each of its parts left out or replaced alone
 
 `--config_overrides` holds for every row, and the row's own overrides come on top. All other flags are those of
-`cross_validate.py`, which resumes what was interrupted. The output folder gets a folder for each cell, and the result
-as `table.md`, `table.csv`, `results.json` and `table.png`: mean accuracy (AudioSet: mAP) with the standard deviation
-between seeds or, with one seed, between folds.
+`cross_validate.py` or, for table d, of `transfer.py`, which takes no `--folds`; both resume what was interrupted. The
+output folder gets a folder for each cell, and the result as `table.md`, `table.csv`, `results.json` and `table.png`:
+mean accuracy (AudioSet: mAP) with the standard deviation between seeds or, with one seed, between folds.
 """
 
 import argparse
