@@ -20,7 +20,7 @@ from peers import PEERS, write_peer
 from transformers import AutoConfig, AutoModelForAudioClassification
 
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
-from transformers_cat.training.report import plot_means, write_json
+from transformers_cat.training.report import plot_means, remember, write_json
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
     args, flags = parse_arguments(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     own = {key: value for key, value in vars(args).items() if key not in ("models", "seeds", "output_dir")}
-    cross_validate.remember({**own, "flags": flags}, args.output_dir / "flags.json")
+    remember({**own, "flags": flags}, args.output_dir / "flags.json")
     path = args.output_dir / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results |= {model: measure(model, args, flags) for model in args.models}

@@ -36,7 +36,7 @@ from transformers_cat.training.protocol import (
     refuse_reshuffled_folds,
     summarise,
 )
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import remember, write_json
 from transformers_cat.training.scores import concatenate_scores
 
 OWN_FLAGS = "--test_folds, --validation_folds, --seed and --load_best_model_at_end"
@@ -84,17 +84,6 @@ def check_folds(args: argparse.Namespace, existing: list[int]) -> None:
         raise ValueError(f"--folds names {unknown}; the data have the folds {existing}")
     if args.choose_epoch and len(existing) < 3:
         raise ValueError(f"--choose_epoch holds out two folds of at least three, but there are {len(existing)}")
-
-
-def remember(settings: dict, path: Path) -> None:
-    """Refuse to mix runs of different flags in one folder."""
-    if not path.exists():
-        write_json(path, settings)
-    elif (before := json.loads(path.read_text())) != settings:
-        changed = {key: (before.get(key), value) for key, value in settings.items() if before.get(key) != value}
-        raise ValueError(
-            f"{path.parent} holds runs with other flags (before, now): {changed}. Choose another --output_dir"
-        )
 
 
 def run_folder(output_dir: Path, seed: int, fold: int | None) -> Path:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClas
 from transformers_cat.training import load_audio_dataset, without_only_split
 from transformers_cat.training.probe import embed, linear_probe
 from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import remember, write_json
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         own = {key: value for key, value in vars(args).items() if key not in ("seeds", "output_dir")}
-        cross_validate.remember({**own, "flags": flags}, args.output_dir / "flags.json")
+        remember({**own, "flags": flags}, args.output_dir / "flags.json")
     probed, fine_tuned = {}, {}
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"

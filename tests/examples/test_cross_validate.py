@@ -62,7 +62,8 @@ def flags(folder, output, *more):
 
 def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     script = example("cross_validate")
-    summary = script.main(flags(folder, tmp_path, "--folds", "1", "2"))
+    summary = script.main(flags(folder, tmp_path, "--folds", "1", "2", "--token", "hf_old"))
+    assert "hf_old" not in (tmp_path / "flags.json").read_text()
     assert {(run["seed"], run["fold"]) for run in summary["runs"]} == {(0, 1), (0, 2)}
     scores = [run["metrics"]["eval_accuracy"] for run in summary["runs"]]
     assert summary["mean"] == pytest.approx(np.mean(scores)) and summary["deviation_of"] == "folds"
@@ -80,7 +81,7 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     started, main = [], script.run.main
     monkeypatch.setattr(script.run, "main", lambda argv: started.append(argv) or main(argv))
     (tmp_path / "seed0" / "fold2" / "results.json").unlink()
-    again = script.main(flags(folder, tmp_path, "--folds", "1", "2"))
+    again = script.main(flags(folder, tmp_path, "--folds", "1", "2", "--token", "hf_renewed"))
     assert [argv[argv.index("--test_folds") + 1] for argv in started] == ["2"]
     assert again["mean"] == pytest.approx(summary["mean"])
     with pytest.raises(ValueError, match="holds runs with other flags"):

@@ -21,6 +21,8 @@ from transformers_cat.training.report import (
     plot_confusion_matrix,
     plot_learning_curves,
     plot_means,
+    refuse_changes,
+    remember,
     write_history,
     write_predictions,
 )
@@ -171,3 +173,29 @@ def test_means_are_where_their_values_are(tmp_path, figures):
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["50.0", "70.0", "60.0", "80.0"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["plain", "all"]
+
+
+class TestRemember:
+    def test_other_settings_are_refused_by_name(self, tmp_path):
+        path = tmp_path / "flags.json"
+        remember({"rate": 1e-3, "folds": (1, 2), "seed": 0}, path)
+        written = path.read_text()
+        remember({"rate": 1e-3, "folds": [1, 2], "new": True}, path)
+        with pytest.raises(
+            ValueError, match=r"\(before, now\): \{'rate': \(0.001, 0.01\)\}. Choose another --output_dir"
+        ):
+            refuse_changes({"rate": 1e-2, "folds": (1, 2), "seed": 0}, path)
+        assert path.read_text() == written
+
+    @pytest.mark.parametrize(
+        "given", ["--token hf_x", "--token=hf_x", "--hub_token hf_x", "--hub-token=hf_x", "--tok hf_x"]
+    )
+    def test_tokens_are_neither_written_nor_compared(self, tmp_path, given):
+        path, flags = tmp_path / "flags.json", ["--seed", "1", *given.split(), "--folds", "1", "-2"]
+        remember({"flags": flags}, path)
+        assert json.loads(path.read_text()) == {"flags": ["--seed", "1", "--folds", "1", "-2"]}
+        path.write_text(json.dumps({"flags": flags}))  # as one was written that kept them
+        remember({"flags": ["--seed", "1", "--folds", "1", "-2", "--token", "hf_y"]}, path)
+        with pytest.raises(ValueError) as refusal:
+            remember({"flags": ["--seed", "2", *given.split()]}, path)
+        assert "hf_" not in str(refusal.value)

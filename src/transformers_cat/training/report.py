@@ -1,5 +1,6 @@
 """What a run leaves behind for people: curves, scores, a confusion matrix, and all that is needed to repeat it."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -210,6 +211,44 @@ def write_json(path: str | Path, content: dict) -> Path:
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def remember(settings: dict, path: str | Path) -> None:
+    """Write down what the runs in a folder have in common, or refuse to mix them with others.
+
+    Args:
+        settings: name -> value, which JSON can hold. Of a command line under the name `flags`, the tokens are left out.
+        path: file in the folder.
+
+    Raises:
+        ValueError: the file holds other settings.
+    """
+    if Path(path).exists():
+        refuse_changes(settings, path)
+    else:
+        write_json(path, _without_tokens(settings))
+
+
+def refuse_changes(settings: dict, path: str | Path) -> None:
+    """Refuse settings that differ from those that `remember` wrote; what only one of the two knows is not compared.
+
+    Raises:
+        ValueError: the names of what differs, with the values before and now.
+    """
+    before = _without_tokens(json.loads(Path(path).read_text(encoding="utf-8")))
+    now = json.loads(json.dumps(_without_tokens(settings), default=str))
+    changed = {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+    if changed:
+        raise ValueError(
+            f"{Path(path).parent} holds runs with other flags (before, now): {changed}. Choose another --output_dir"
+        )
+
+
+def _without_tokens(settings: dict) -> dict:
+    """The settings, without tokens for the Hub among their `flags`."""
+    parser = argparse.ArgumentParser(add_help=False)  # which knows all ways to write a flag
+    parser.add_argument("--token", "--hub_token", "--hub-token")
+    return {key: parser.parse_known_args(value)[1] if key == "flags" else value for key, value in settings.items()}
 
 
 def environment() -> dict[str, str]:
