@@ -8,7 +8,8 @@ From scratch, on one fold of ESC-10:
 
 `--model_name_or_path` starts from a checkpoint instead; `torchrun --nproc_per_node 2` trains in two processes; one
 argument that ends in .json is a file with all of them. The flags are those of Transformers' own script plus the ones
-of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`.
+of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`. The same command given again goes on from
+the last checkpoint; one that would train something else needs another `--output_dir`.
 
 The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
 `--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; otherwise the model is
@@ -82,7 +83,7 @@ from transformers_cat.training import (
     write_predictions,
 )
 from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
-from transformers_cat.training.report import data_fingerprint, git_state, write_history, write_json
+from transformers_cat.training.report import data_fingerprint, git_state, refuse_changes, write_history, write_json
 from transformers_cat.training.scores import Scores
 
 with suppress(ModuleNotFoundError):  # where this script was copied to without it
@@ -92,6 +93,19 @@ logger = logging.getLogger(__name__)
 
 SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+TRAINING_NAME = "training.json"  # what decides the training whose checkpoints lie beside it
+# How the names of the arguments begin that do not decide what is trained; what is skipped, fingerprints tell.
+INCIDENTAL = tuple(
+    (
+        "output_dir resume_from_checkpoint do_ token cache_dir trust_remote_code check_audio on_bad_audio "
+        "log disable_tqdm report_to run_name project trackio_ include_ skip_memory_metrics debug push_to_hub hub_ "
+        "save_total_limit save_only_model save_on_each_node per_device_eval_batch_size eval_accumulation_steps "
+        "dataloader_num_workers dataloader_p dataloader_multiprocessing_context dataloader_in_order "
+        "use_cpu local_rank ddp_ torch_compile parallelism_config"
+    ).split()
+)
+# These do where the best epoch is chosen.
+EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps")
 
 
 @dataclass
@@ -528,8 +542,8 @@ def publish(trainer: AudioTrainer, results: dict) -> None:
             facts = known_dataset(data["dataset_name"] or data["data"] or data["train_file"], len(results["labels"]))
             model_card(model, trainer.hub_model_id or folder.name, [results], facts).save(folder / "README.md")
         if args.push_to_hub:
-            # A pickle, and lists of clips with their local paths.
-            (folder / ".gitignore").write_text("training_args.bin\n*.csv\n", encoding="utf-8")
+            # A pickle, and what names local paths.
+            (folder / ".gitignore").write_text(f"training_args.bin\n*.csv\n{TRAINING_NAME}\n", encoding="utf-8")
             if args.hub_revision:
                 hub = HfApi(token=args.hub_token)
                 hub.create_branch(trainer.hub_model_id, branch=args.hub_revision, exist_ok=True)
@@ -598,9 +612,30 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
-def train(trainer: AudioTrainer) -> dict[str, float]:
+def training_settings(
+    model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, clips: Clips
+) -> dict:
+    """What decides the training: arguments by their names, and the fingerprints of the clips that have a say in it."""
+    given = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
+    incidental = INCIDENTAL if args.load_best_model_at_end else INCIDENTAL + EVALUATION
+    settings = {name: value for name, value in given.items() if not name.startswith(incidental)}
+    fingerprints = {name: data_fingerprint(split) for name, split in clips.splits.items() if name != "test"}
+    return {**settings, "fingerprints": fingerprints}
+
+
+def remember_training(settings: dict, checkpoint: str | None, output_dir: str | Path) -> None:
+    """Write down what decides the training; refuse to go on from a checkpoint of another one."""
+    if checkpoint:
+        before = Path(checkpoint).parent / TRAINING_NAME
+        if before.is_file():
+            refuse_changes(settings, before)
+        else:
+            logger.warning("There is no %s: whether %s is of this command is not known.", before, checkpoint)
+    write_json(Path(output_dir) / TRAINING_NAME, settings)
+
+
+def train(trainer: AudioTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train to the end, and write and return the metrics; those of before if there was nothing left to train."""
-    checkpoint = checkpoint_to_resume(trainer.args)
     before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     written = Path(trainer.args.output_dir) / "train_results.json"
@@ -742,7 +777,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     metrics = {}
     if args.do_train:
-        metrics |= train(trainer)
+        checkpoint = checkpoint_to_resume(args)
+        if trainer.is_world_process_zero():
+            remember_training(training_settings(model_args, data_args, args, clips), checkpoint, args.output_dir)
+        metrics |= train(trainer, checkpoint)
     if averaging:
         if args.do_eval and clips.reported is not None:
             metrics |= trainer.predict(clips.reported, metric_key_prefix="last_epoch").metrics

@@ -154,12 +154,13 @@ class TestRun:
             parts = [entry[f"{name}_loss"] for name in ("classification", "causal", "reconstruction")]
             assert sum(parts) == pytest.approx(entry["loss"], rel=1e-3)  # their weights are 1
 
-    def test_resumed_is_the_same_as_uninterrupted(self, run, script, folder, tmp_path):
+    def test_resumed_is_the_same_as_uninterrupted(self, run, script, folder, tmp_path, capsys):
         whole, metrics = run
         interrupted = tmp_path / "out"
         shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")  # all there is after the first epoch
         written = (interrupted / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns
         resumed = script.main(arguments(folder, interrupted, "--do_train", "--do_eval"))
+        assert "checkpoint-3 is of this command is not known" in capsys.readouterr().err
         # The first epoch was not trained again.
         assert (interrupted / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == written
         expected, got = load_file(whole / "model.safetensors"), load_file(interrupted / "model.safetensors")
@@ -271,7 +272,7 @@ class TestInterruption:
         metrics = script.main(command)
         written = {name: (tmp_path / name).read_text() for name in ("train_results.json", "results.json")}
         weights = load_file(tmp_path / "model.safetensors")
-        again = script.main(command)
+        again = script.main([*command, "--logging_strategy", "steps", "--logging_steps", "1", "--token", "hf_new"])
         assert again["train_loss"] == metrics["train_loss"] > 0
         assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
         assert (tmp_path / "train_results.json").read_text() == written["train_results.json"]
@@ -279,6 +280,17 @@ class TestInterruption:
         assert json.loads((tmp_path / "results.json").read_text())["metrics"]["train_loss"] == metrics["train_loss"]
         for name, value in load_file(tmp_path / "model.safetensors").items():
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+    def test_another_training_is_refused_but_evaluation_is_not(self, script, run, folder, tmp_path):
+        output = shutil.copytree(run[0], tmp_path / "out")
+        with pytest.raises(ValueError, match=r"holds runs.*'test_folds': \(\[1\], \[2\]\).*another --output_dir"):
+            script.main(arguments(folder, output, "--do_train", "--do_eval", "--test_folds", "2"))
+        assert (output / "results.json").read_text() == (run[0] / "results.json").read_text()
+        command = arguments(folder, output, "--do_eval", "--model_name_or_path", str(output))
+        at = command.index("--config_name")
+        del command[at : at + 2]
+        metrics = script.main(command)
+        assert metrics["eval_loss"] == pytest.approx(run[1]["eval_loss"], abs=1e-6)
 
     def test_after_a_kill_in_mid_epoch_the_weights_are_the_same(self, script, folder, tmp_path):
         """SIGKILL in the second epoch, one step after a checkpoint; the mean of the last epochs is the same, too."""
@@ -305,6 +317,52 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
         whole = script.main(arguments(folder, tmp_path / "whole", *self.FLAGS.split()))
         assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
         assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def settings(script, folder, tmp_path):
+    """What decides the training of a command with further flags."""
+
+    def settings(*flags):
+        model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train", *flags))
+        clips = script.load_clips(data_args, model_args, args)
+        args = script.prepare_evaluation(args, clips, script.SINGLE_LABEL)
+        return script.training_settings(model_args, data_args, args, clips)
+
+    return settings
+
+
+CHOSEN = "--validation_folds 2"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differing"),
+    [
+        ("", "--learning_rate 1", "learning_rate"),
+        ("", "--num_train_epochs 3", "num_train_epochs"),
+        ("", "--config_overrides {}", "config_overrides"),
+        ("", "--speed 1", "speed"),
+        ("", "--max_train_samples 3", "max_train_samples fingerprints"),
+        (CHOSEN, "--validation_folds 3", "validation_folds fingerprints"),
+        (CHOSEN, f"{CHOSEN} --eval_delay 1", "eval_delay"),
+        ("", "--eval_strategy no --save_strategy steps --save_steps 2 --save_total_limit 9", ""),
+        ("", "--logging_steps 3 --report_to none --output_dir other --do_eval --dataloader_num_workers 2", ""),
+        ("--push_to_hub --hub_token x", "--token x --per_device_eval_batch_size 2 --on_bad_audio skip", ""),
+    ],
+)
+def test_what_decides_a_training(settings, before, now, differing):
+    before, now = settings(*before.split()), settings(*now.split())
+    assert {name for name in before.keys() & now.keys() if before[name] != now[name]} == set(differing.split())
+
+
+def test_other_clips_under_the_same_name_are_another_training(settings, folder, tmp_path):
+    header, *rows = (folder / "clips.csv").read_text().splitlines()
+    rows = "\n".join([header, *(f"{folder}/{row}" for row in rows)])
+    prints = []
+    for table in (rows, rows.replace("low,2", "high,2")):
+        (tmp_path / "clips.csv").write_text(table)
+        prints.append(settings("--data", f"{tmp_path}/clips.csv")["fingerprints"])
+    assert prints[0] != prints[1]
 
 
 def test_mean_of_the_last_epochs(script, folder, tmp_path):
