@@ -270,6 +270,11 @@ class RecipeArguments(TrainingArguments):
     report_to: None | str | list[str] = _recipe("report_to", "tensorboard" if is_tensorboard_available() else "none")
     hub_strategy: HubStrategy | str = _recipe("hub_strategy", "end")  # a repository is complete, or it is not there
 
+    def __post_init__(self):
+        if not (self.do_train or self.do_eval):  # asked before `eval_strategy` turns do_eval on
+            raise ValueError("Nothing to do: give --do_train, --do_eval or both")
+        super().__post_init__()
+
     def __getstate__(self):
         """Without the token: the Trainer pickles its arguments beside each checkpoint."""
         return {**self.__dict__, "hub_token": None}
@@ -583,8 +588,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         raise ValueError(
             f"--muon true trains by Muon and AdamW, --optim {args.optim.value} does not: use one of the two"
         )
-    if not (args.do_train or args.do_eval):
-        raise ValueError("Nothing to do: give --do_train, --do_eval or both")
+    if not (args.do_train or model_args.model_name_or_path):
+        raise ValueError("Without --do_train nothing is trained: name the model to evaluate by --model_name_or_path")
     return model_args, data_args, args
 
 

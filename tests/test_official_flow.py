@@ -285,6 +285,6 @@ def test_our_script_takes_the_same_flags(script, tmp_path, kind):
 
 
 def test_our_script_takes_files_of_clips(script, tmp_path):
-    arguments = f"--train_file a.csv --eval_file b.csv --do_eval --output_dir {tmp_path}"
+    arguments = f"--train_file a.csv --eval_file b.csv --do_train --output_dir {tmp_path}"
     _, data, _ = script.parse_arguments(arguments.split())
     assert (data.train_file, data.eval_file) == ("a.csv", "b.csv")

@@ -564,9 +564,17 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             self.parse(script, tmp_path, *flags)
 
-    def test_nothing_to_do(self, script, tmp_path):
-        with pytest.raises(ValueError, match="Nothing to do"):
-            script.parse_arguments(["--data", "x", "--output_dir", str(tmp_path), "--eval_strategy", "no"])
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ([], "Nothing to do"),
+            (["--eval_strategy", "no"], "Nothing to do"),
+            (["--do_eval", "--config_name", "y"], "name the model to evaluate by --model_name_or_path"),
+        ],
+    )
+    def test_nothing_to_train_or_to_evaluate(self, script, tmp_path, flags, message):
+        with pytest.raises(ValueError, match=message):
+            script.parse_arguments(["--data", "x", "--output_dir", str(tmp_path), *flags])
 
     @pytest.mark.parametrize(
         ("flags", "message"),
