@@ -61,11 +61,8 @@ def given_folds(flags: list[str], output_dir: Path, choose_epoch: bool = False) 
         raise ValueError(
             f"Cross-validation sets {OWN_FLAGS} itself: leave them out; see --folds, --seeds, --choose_epoch"
         )
-    if choose_epoch and (args.average_last_epochs or not args.eval_strategy == args.save_strategy != "no"):
-        raise ValueError(
-            "--choose_epoch needs --eval_strategy and --save_strategy to be the same, not "
-            f"{args.eval_strategy.value} and {args.save_strategy.value}, and no --average_last_epochs"
-        )
+    if choose_epoch and (lacking := run.choice_lacks(args)):
+        raise ValueError(f"--choose_epoch needs {lacking}")
     loaded = run.load_data(data_args, model_args)
     if isinstance(loaded, DatasetDict):
         return [], data_args.data, len(label_names(next(iter(loaded.values()))))

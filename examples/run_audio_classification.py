@@ -653,6 +653,20 @@ def train(trainer: AudioTrainer, checkpoint: str | None) -> dict[str, float]:
     return metrics
 
 
+def choice_lacks(args: RecipeArguments) -> str | None:
+    """What must change before validation clips can choose the epoch; None if they can."""
+    if args.average_last_epochs:
+        return "no --average_last_epochs"
+    if not args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
+        strategies = f"{args.eval_strategy.value} and {args.save_strategy.value}"
+        return f"--eval_strategy and --save_strategy to be the same, not {strategies}"
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        saved, evaluated = args.save_steps, args.eval_steps  # below 1: shares of the training
+        if (saved < 1) != (evaluated < 1) or round(1e6 * saved) % round(1e6 * evaluated):
+            return f"--save_steps to be a multiple of --eval_steps, not {saved} and {evaluated}"
+    return None
+
+
 def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -> RecipeArguments:
     """Evaluate during training only if there is something to evaluate; choose the epoch only by validation clips."""
     if clips.watched is None:
@@ -662,13 +676,8 @@ def prepare_evaluation(args: RecipeArguments, clips: Clips, problem_type: str) -
             logger.warning("The epoch is chosen on the clips that are reported on: the result will be too good.")
     elif not (clips.choose_epoch and args.do_train):
         pass
-    elif args.average_last_epochs or not args.eval_strategy == args.save_strategy != IntervalStrategy.NO:
-        logger.warning(
-            "The validation clips choose no epoch: that needs --eval_strategy and --save_strategy to be the same, not "
-            "%s and %s, and no --average_last_epochs.",
-            args.eval_strategy.value,
-            args.save_strategy.value,
-        )
+    elif lacking := choice_lacks(args):
+        logger.warning("The validation clips choose no epoch: that needs %s.", lacking)
     else:
         args.load_best_model_at_end = True
         args.metric_for_best_model = args.metric_for_best_model or main_metric(problem_type)

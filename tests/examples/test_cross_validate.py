@@ -133,6 +133,10 @@ def test_the_tested_fold_never_chooses_the_epoch(example, folder, tmp_path):
         (["--load_best_model_at_end"], "sets --test_folds, .* itself"),
         (["--seed", "3"], "sets --test_folds, .* itself"),
         (["--choose_epoch", "--eval_strategy", "no"], "to be the same, not no and epoch"),
+        (
+            "--choose_epoch --eval_strategy steps --save_strategy steps --eval_steps 2 --save_steps 3".split(),
+            "--save_steps to be a multiple of --eval_steps, not 3 and 2",
+        ),
         (["--choose_epoch", "--average_last_epochs", "2"], "no --average_last_epochs"),
     ],
 )

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -621,12 +622,24 @@ class TestClips:
         assert args.load_best_model_at_end is True and args.metric_for_best_model == "accuracy"
         assert set(clips.watched["fold"]) == {3} and set(clips.reported["fold"]) == {1}
 
-    def test_validation_that_chooses_nothing_is_a_warning(self, script, folder, tmp_path, caplog):
-        clips, args = self.clips(
-            script, folder, tmp_path, "--do_train", "--validation_folds", "3", "--eval_strategy", "no"
-        )
-        assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is False
-        assert "choose no epoch" in caplog.text and "not no and epoch" in caplog.text
+    @pytest.mark.parametrize(
+        ("flags", "lacking"),
+        [
+            ("--eval_strategy no", "to be the same, not no and epoch"),
+            ("--average_last_epochs 2", "no --average_last_epochs"),
+            ("--eval_strategy steps --save_strategy steps --eval_steps 2 --save_steps 3", "multiple .*, not 3 and 2"),
+            (
+                "--eval_strategy steps --save_strategy steps --eval_steps 0.5 --save_steps 2",
+                "multiple .*, not 2 and 0.5",
+            ),
+            ("--eval_strategy steps --save_strategy steps --eval_steps 2 --save_steps 6", None),
+            ("--eval_strategy steps --save_strategy steps --eval_steps 0.1 --save_steps 0.3", None),
+        ],
+    )
+    def test_validation_that_chooses_nothing_is_a_warning(self, script, folder, tmp_path, caplog, flags, lacking):
+        clips, args = self.clips(script, folder, tmp_path, "--do_train", "--validation_folds", "3", *flags.split())
+        assert script.prepare_evaluation(args, clips, script.SINGLE_LABEL).load_best_model_at_end is (lacking is None)
+        assert lacking is None or re.search(f"choose no epoch: that needs .*{lacking}", caplog.text)
 
     def test_limits(self, script, folder, tmp_path):
         flags = ["--do_train", "--max_train_samples", "5", "--max_eval_samples", "2"]
