@@ -547,8 +547,9 @@ def publish(trainer: AudioTrainer, results: dict) -> None:
             facts = known_dataset(data["dataset_name"] or data["data"] or data["train_file"], len(results["labels"]))
             model_card(model, trainer.hub_model_id or folder.name, [results], facts).save(folder / "README.md")
         if args.push_to_hub:
-            # A pickle, and what names local paths.
-            (folder / ".gitignore").write_text(f"training_args.bin\n*.csv\n{TRAINING_NAME}\n", encoding="utf-8")
+            # Pickles, weights to resume with, and what names local paths.
+            private = ("training_args.bin", "epoch_weights/*", "*.csv", "results.json", TRAINING_NAME)
+            (folder / ".gitignore").write_text("\n".join(private) + "\n", encoding="utf-8")
             if args.hub_revision:
                 hub = HfApi(token=args.hub_token)
                 hub.create_branch(trainer.hub_model_id, branch=args.hub_revision, exist_ok=True)

@@ -298,7 +298,8 @@ class TestScript:
         hub_flags = (
             f"--push_to_hub --hub_model_id {REPO} --hub_token {TOKEN} --hub_private_repo true --hub_revision tones"
         )
-        metrics = script.main(self.arguments(data, *hub_flags.split()))
+        command = [*self.arguments(data, *hub_flags.split()), "--num_train_epochs", "2", "--average_last_epochs", "2"]
+        metrics = script.main(command)
         repository = hub.repositories[REPO]
         assert repository.private and repository.messages["main"] == ["initial commit"]
         assert repository.messages["tones"] == ["End of training"]  # one commit
@@ -308,12 +309,15 @@ class TestScript:
         (result,) = card.data.eval_results
         assert result.metric_value == metrics["eval_accuracy"] and result.dataset_args == {"clips": 2}
         assert f'model="{REPO}"' in card.text
+        assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
         # Neither the token nor where things lie on this machine is told to anyone; nothing is pickled.
         for name, content in files.items():
             assert TOKEN.encode() not in content and str(data).encode() not in content, name
             assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
         for path in (data / "run").rglob("*.bin"):
             assert TOKEN.encode() not in path.read_bytes(), path
+        script.main(command)  # which finds more files in the folder
+        assert set(repository.files("tones")) == set(files)
         model = CATForAudioClassification.from_pretrained(
             REPO, revision="tones", cache_dir=data / "cache of its own", token=TOKEN
         )
