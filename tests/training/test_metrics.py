@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
+from transformers_cat.training import metrics
 from transformers_cat.training.metrics import (
     Accuracy,
     DPrime,
@@ -85,6 +86,21 @@ def test_multi_label_function():
     result = compute_metrics_for(MULTI)(EvalPrediction(predictions=SCORES, label_ids=TARGETS))
     assert set(result) == {"mAP", "mAP_classes", "AUC", "AUC_classes", "d_prime", "clips"}
     assert result["clips"] == 4 and result["mAP_classes"] == 2 and result["AUC"] == 0.75
+
+
+def test_multi_label_function_ranks_each_class_once(monkeypatch):
+    """The values are those of the metrics, to the last digit, also of float64 scores."""
+    generator = np.random.default_rng(0)
+    scores, targets = 1 + 1e-7 * generator.normal(size=(30, 4)), (generator.random((30, 4)) < 0.3).astype(float)
+    expected = {}
+    for metric in (MeanAveragePrecision(), MeanAUC(), DPrime()):
+        expected |= metric.compute(predictions=scores, references=targets)
+    ranked = []
+    for name in ("average_precision_score", "roc_auc_score"):
+        score = getattr(metrics, name)
+        monkeypatch.setattr(metrics, name, lambda *args, score=score: ranked.append(score) or score(*args))
+    result = compute_metrics_for(MULTI)(EvalPrediction(predictions=scores, label_ids=targets))
+    assert result == {**expected, "clips": 30} and len(ranked) == 8
 
 
 def test_main_metric_is_computed():

@@ -56,8 +56,7 @@ class MeanAveragePrecision(_PerClassMetric):
     description = "Average precision, averaged over the classes with at least one positive clip."
 
     def _compute(self, predictions, references):
-        scores = _per_class(average_precision_score, predictions, references, needs_negatives=False)
-        return {"mAP": _mean(scores), "mAP_classes": len(scores)}
+        return _mean_average_precision(predictions, references)
 
 
 class MeanAUC(_PerClassMetric):
@@ -69,8 +68,7 @@ class MeanAUC(_PerClassMetric):
     description = "Area under the ROC curve, averaged over the classes with positive and negative clips."
 
     def _compute(self, predictions, references):
-        scores = _per_class(roc_auc_score, predictions, references, needs_negatives=True)
-        return {"AUC": _mean(scores), "AUC_classes": len(scores)}
+        return _mean_auc(predictions, references)
 
 
 class DPrime(_PerClassMetric):
@@ -82,8 +80,7 @@ class DPrime(_PerClassMetric):
     description = "d-prime, the separation of two unit normals that have the mean AUC."
 
     def _compute(self, predictions, references):
-        scores = _per_class(roc_auc_score, predictions, references, needs_negatives=True)
-        return {"d_prime": float(np.sqrt(2) * ndtri(_mean(scores)))}
+        return {"d_prime": _d_prime(_mean_auc(predictions, references)["AUC"])}
 
 
 def compute_metrics_for(problem_type: str) -> Callable:
@@ -122,9 +119,9 @@ def _single_label_metrics(prediction) -> dict[str, float]:
 
 def _multi_label_metrics(prediction) -> dict[str, float]:
     logits = _logits(prediction)
-    metrics = evaluate.combine([MeanAveragePrecision(), MeanAUC(), DPrime()])
-    result = metrics.compute(predictions=logits, references=prediction.label_ids)
-    return {**result, "clips": len(logits)}
+    # Not by the metrics' own `compute`: it copies all scores, and each would rank them anew.
+    precision, auc = (score(logits, prediction.label_ids) for score in (_mean_average_precision, _mean_auc))
+    return {**precision, **auc, "d_prime": _d_prime(auc["AUC"]), "clips": len(logits)}
 
 
 def _logits(prediction) -> np.ndarray:
@@ -135,9 +132,23 @@ def _logits(prediction) -> np.ndarray:
     return logits
 
 
+def _mean_average_precision(predictions, references) -> dict[str, float]:
+    scores = _per_class(average_precision_score, predictions, references, needs_negatives=False)
+    return {"mAP": _mean(scores), "mAP_classes": len(scores)}
+
+
+def _mean_auc(predictions, references) -> dict[str, float]:
+    scores = _per_class(roc_auc_score, predictions, references, needs_negatives=True)
+    return {"AUC": _mean(scores), "AUC_classes": len(scores)}
+
+
+def _d_prime(mean_auc: float) -> float:
+    return float(np.sqrt(2) * ndtri(mean_auc))
+
+
 def _per_class(score: Callable, predictions, references, needs_negatives: bool) -> list[float]:
-    """The score of every class for which it is defined."""
-    predictions, references = np.asarray(predictions), np.asarray(references) > 0.5
+    """The score of every class for which it is defined; in float32, as the metrics' batches have it."""
+    predictions, references = np.asarray(predictions, dtype=np.float32), np.asarray(references) > 0.5
     usable = references.any(axis=0) & (~references.all(axis=0) if needs_negatives else True)
     return [float(score(references[:, c], predictions[:, c])) for c in np.flatnonzero(usable)]
 
