@@ -1,4 +1,5 @@
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -64,6 +65,31 @@ def test_a_file_without_samples_is_named(tmp_path):
         load_audio(path)
 
 
+@pytest.mark.parametrize("extension", ["flac", "ogg"])
+def test_damage_in_the_middle_is_no_shorter_recording(tmp_path, extension):
+    path = tmp_path / f"gap.{extension}"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 64_000), 32_000)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + b"damage" * 500 + content[middle + 3000 :])
+    with pytest.raises(ValueError, match=f"gap.{extension} is damaged: "):
+        load_audio(path)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program encodes it")
+@pytest.mark.parametrize("header", ["0", "1"])
+@pytest.mark.parametrize("tail", [b"", b"TAG" + bytes(125)])
+def test_an_mp3_of_varying_bit_rate_is_read_to_its_end(tmp_path, header, tail):
+    # The bit rate of the first frame, which libsndfile takes for that of all, is high for noise and low for silence.
+    noise = np.random.default_rng(0).normal(0, 0.3, 32_000)
+    soundfile.write(tmp_path / "clip.wav", np.concatenate([noise, np.zeros(128_000)]), 32_000)
+    path = tmp_path / "clip.mp3"
+    command = ["ffmpeg", "-loglevel", "error", "-i", tmp_path / "clip.wav", "-q:a", "2", "-write_xing", header, path]
+    subprocess.run(command, check=True)
+    path.write_bytes(path.read_bytes() + tail)
+    assert 160_000 <= len(load_audio(path)) < 160_000 + 3 * 1152
+
+
 def test_other_formats_are_read_by_ffmpeg(tmp_path, monkeypatch):
     # A stand-in for the program: what counts is what it is asked for and what becomes of its output and errors.
     program = tmp_path / "ffmpeg"
@@ -81,8 +107,6 @@ def test_other_formats_are_read_by_ffmpeg(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program is not installed")
 def test_ffmpeg_agrees_with_soundfile(tmp_path):
-    import subprocess
-
     soundfile.write(tmp_path / "tone.wav", tone(44_100), 44_100)
     subprocess.run(["ffmpeg", "-loglevel", "error", "-i", tmp_path / "tone.wav", tmp_path / "tone.wma"], check=True)
     audio = load_audio(tmp_path / "tone.wma")

@@ -1,10 +1,13 @@
 """Reads audio files as the model wants them: mono, float32, at one sampling rate."""
 
+import io
 import os
+import re
 import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,6 +15,9 @@ from .configuration_cat import SAMPLING_RATE, validate_integers
 
 # Of the files that a folder is searched for; a file named by hand may have any.
 AUDIO_SUFFIXES = {f".{name}" for name in "wav flac ogg oga opus mp3 aif aiff au m4a aac wma webm mp4".split()}
+BLOCK_LENGTH = 2**16  # samples per channel that are decoded at a time
+OGG_GAP = re.compile(r"libogg reports a hole.*|Skipped \d+ bytes looking.*")
+UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile gives for samples that a header does not count
 MAX_RATE_RATIO = 100  # between two sampling rates: what lies further apart is a damaged header
 MAX_RATE_TERM = 2000  # of the ratio's fraction: torchaudio's filters hold the product of its two terms
 
@@ -31,32 +37,107 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds no audio that can be read, or samples that are not finite; the message names the file
-            and says why and what helps. Or `sampling_rate` is not a positive integer.
+        ValueError: The file holds no audio that can be read, fewer samples than it says, or samples that are not
+            finite; the message names the file and says why and what helps. Or `sampling_rate` is not a positive
+            integer.
     """
     path = Path(path)
     validate_integers(1, 2**31, sampling_rate=sampling_rate)
     if not path.is_file():
         raise FileNotFoundError(f"There is no audio file {path}.")
-    import soundfile
+    with path.open("rb") as stream:
+        try:
+            return read_audio(stream, path, sampling_rate)
+        except UnknownFormatError as error:
+            return _load_with_ffmpeg(path, sampling_rate, reason=str(error))
 
-    try:
-        # As bytes, where names are bytes: they need not be UTF-8.
-        name = os.fsencode(path) if os.name == "posix" else path
-        audio, rate = soundfile.read(name, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
-        return _load_with_ffmpeg(path, sampling_rate, reason=getattr(error, "error_string", str(error)))
-    except MemoryError as error:
-        raise ValueError(f"The audio file {path} claims more samples than memory holds: {error}") from error
+
+class UnknownFormatError(ValueError):
+    """Says why soundfile cannot read what another program may be able to."""
+
+
+def read_audio(stream: BinaryIO, name: str | os.PathLike, sampling_rate: int) -> np.ndarray:
+    """`load_audio` for an open file or the bytes of one, by soundfile alone.
+
+    Args:
+        stream: At its beginning; it can be sought in.
+        name: What errors call it.
+        sampling_rate: Of the result, in Hz.
+
+    Returns:
+        (N,) float32 in [-1, 1].
+
+    Raises:
+        UnknownFormatError: soundfile cannot read it.
+        ValueError: It is damaged, as for `load_audio`.
+    """
+    audio, rate = _decode(stream, name)
     if len(audio) == 0:
-        raise ValueError(f"The audio file {path} is empty: it holds no samples.")
-    audio = audio.mean(axis=1)
+        raise ValueError(f"The audio file {name} is empty: it holds no samples.")
     if not np.isfinite(audio).all():
-        raise ValueError(f"The audio file {path} holds NaN or infinite samples. Repair it or leave it out.")
+        raise ValueError(f"The audio file {name} holds NaN or infinite samples. Repair it or leave it out.")
     try:
         return resample(audio, rate, sampling_rate)
     except ValueError as error:
-        raise ValueError(f"Cannot resample the audio file {path}: {error}") from error
+        raise ValueError(f"Cannot resample the audio file {name}: {error}") from error
+
+
+def _decode(stream: BinaryIO, name: str | os.PathLike) -> tuple[np.ndarray, int]:
+    """The whole of a file as (N,) float32 and its rate in Hz, or an error that tells what is lost."""
+    import soundfile
+
+    try:
+        file = soundfile.SoundFile(stream)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
+        raise UnknownFormatError(getattr(error, "error_string", str(error))) from error
+    with file:
+        counted = file.frames < UNKNOWN_LENGTH and not file.subtype.startswith("MPEG")  # whose length is estimated
+        try:
+            audio = _all_samples(file)
+            if file.format == "MP3" and stream.read(3) not in (b"", b"TAG", b"APE"):  # not at the end
+                stream.seek(0)
+                with soundfile.SoundFile(_SeeminglyLonger(stream.read())) as longer:
+                    audio = _all_samples(longer)
+        except soundfile.LibsndfileError as error:
+            if not counted:  # another program may read what libsndfile gives up
+                raise UnknownFormatError(error.error_string) from error
+            raise ValueError(f"The audio file {name} is damaged: {error.error_string}") from error
+        if counted and len(audio) < file.frames:
+            raise ValueError(
+                f"The audio file {name} is damaged: of its {file.frames} samples, only {len(audio)} can be read."
+            )
+        if gap := OGG_GAP.search(file.extra_info):
+            raise ValueError(f"The audio file {name} is damaged: libsndfile notes: {gap[0]}")
+        return audio, file.samplerate
+
+
+def _all_samples(file) -> np.ndarray:
+    """A `soundfile.SoundFile` -> (N,) float32, the mean of its channels, up to its end or a gap."""
+    blocks = []
+    while not blocks or len(blocks[-1]) == BLOCK_LENGTH:
+        blocks.append(file.read(BLOCK_LENGTH, dtype="float32", always_2d=True).mean(axis=1))
+    return np.concatenate(blocks)
+
+
+class _SeeminglyLonger(io.BytesIO):
+    """An MP3 that seems to end far behind its end.
+
+    Where no header counts the samples, libsndfile takes the bit rate of the first frame for that of all and stops where
+    the file would then end, which can be early if the bit rate varies. It cannot if the file is so long that even the
+    lowest bit rate (8 kbit/s), after the highest (320 kbit/s), would not fill it.
+    """
+
+    FACTOR = 320 // 8 + 1
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            return super().seek(offset + self.FACTOR * self.getbuffer().nbytes)
+        return super().seek(offset, whence)
+
+    def readinto(self, buffer) -> int:
+        if self.tell() <= self.getbuffer().nbytes:
+            return super().readinto(buffer)
+        return self.seek(len(buffer), os.SEEK_CUR) and len(buffer)  # where a tag is looked for, there is something
 
 
 def resample(audio: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
@@ -68,21 +149,26 @@ def resample(audio: np.ndarray, rate: int, sampling_rate: int) -> np.ndarray:
     Raises:
         ValueError: The rates are more than a hundredfold apart, or are not positive integers.
     """
-    validate_integers(1, 2**31, rate=rate, sampling_rate=sampling_rate)
+    check_rates(rate, sampling_rate)
     if rate == sampling_rate:
         return audio
+    import torch
+    import torchaudio
+
     low, high = sorted((int(rate), int(sampling_rate)))
-    if low * MAX_RATE_RATIO < high:
+    ratio = Fraction(low, high).limit_denominator(MAX_RATE_TERM)
+    terms = (ratio.numerator, ratio.denominator) if rate == low else (ratio.denominator, ratio.numerator)
+    return torchaudio.functional.resample(torch.from_numpy(audio), *terms).numpy()
+
+
+def check_rates(rate: int, sampling_rate: int) -> None:
+    """Raise ValueError for rates (in Hz) that `resample` refuses."""
+    validate_integers(1, 2**31, rate=rate, sampling_rate=sampling_rate)
+    if min(rate, sampling_rate) * MAX_RATE_RATIO < max(rate, sampling_rate):
         raise ValueError(
             f"Audio at {rate} Hz cannot be brought to {sampling_rate} Hz: the two are more than {MAX_RATE_RATIO}-fold "
             "apart. If the rate comes from a file's header, correct it there."
         )
-    import torch
-    import torchaudio
-
-    ratio = Fraction(low, high).limit_denominator(MAX_RATE_TERM)
-    terms = (ratio.numerator, ratio.denominator) if rate == low else (ratio.denominator, ratio.numerator)
-    return torchaudio.functional.resample(torch.from_numpy(audio), *terms).numpy()
 
 
 def _load_with_ffmpeg(path: Path, sampling_rate: int, reason: str) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import csv
 import pickle
+import shutil
+import subprocess
 
 import datasets
 import numpy as np
@@ -12,7 +14,6 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, List, Value
 from transformers_cat.training import data
 from transformers_cat.training.data import (
     EMPTY,
-    NOT_FINITE,
     TRUNCATED,
     align_labels,
     as_multi_label,
@@ -485,12 +486,34 @@ class TestValidation:
         assert audio_problem(str(path)) is None
 
     @pytest.mark.parametrize(
-        ("name", "problem"), [("half.wav", TRUNCATED), ("half.flac", TRUNCATED), ("empty.wav", EMPTY)]
+        ("name", "problem"),
+        [
+            ("half.wav", TRUNCATED),
+            ("half.flac", "half.flac is damaged: "),
+            ("empty.wav", EMPTY),
+            ("slow.wav", "Audio at 100 Hz cannot be brought to 32000 Hz"),
+            ("gap.flac", "gap.flac is damaged: "),
+        ],
     )
     def test_reasons(self, tmp_path, name, problem):
         self.broken(tmp_path)
-        assert audio_problem(str(tmp_path / name)) == problem
-        assert audio_problem({"bytes": (tmp_path / name).read_bytes(), "path": name}) == problem
+        soundfile.write(tmp_path / "slow.wav", np.zeros(100), 100)
+        encoded = bytearray((tmp_path / "whole.flac").read_bytes())
+        middle = len(encoded) // 2
+        encoded[middle : middle + 300] = b"damage" * 50
+        (tmp_path / "gap.flac").write_bytes(encoded)
+        assert problem in audio_problem(str(tmp_path / name))
+        assert problem in audio_problem({"bytes": (tmp_path / name).read_bytes(), "path": name})
+
+    def test_samples_without_a_header_are_a_problem(self, tmp_path):
+        (tmp_path / "clip.raw").write_bytes(bytes(100))
+        assert "clip.raw: " in audio_problem(str(tmp_path / "clip.raw"))
+
+    @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program encodes it")
+    def test_an_mp3_in_a_wav_is_good(self, tmp_path):
+        source, path = write_clip(tmp_path / "a.wav", samples=RATE), tmp_path / "mp3.wav"
+        subprocess.run(["ffmpeg", "-loglevel", "error", "-i", source, "-c:a", "mp3", path], check=True)
+        assert audio_problem(str(path)) is None
 
     def test_samples_that_are_no_numbers(self, tmp_path):
         samples = np.zeros(2 * RATE, dtype=np.float32)
@@ -498,7 +521,7 @@ class TestValidation:
         assert audio_problem(str(tmp_path / "float.wav")) is None
         samples[RATE + 1] = np.nan
         soundfile.write(tmp_path / "float.wav", samples, RATE, subtype="FLOAT")
-        assert audio_problem(str(tmp_path / "float.wav")) == NOT_FINITE
+        assert "float.wav holds NaN" in audio_problem(str(tmp_path / "float.wav"))
 
     def test_error_names_the_files(self, tmp_path):
         with pytest.raises(ValueError, match=r"6 of 7 clips .*half\.flac.*text\.wav.* 1 more .*on_bad_audio='skip'"):

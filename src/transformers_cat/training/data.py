@@ -18,7 +18,8 @@ import numpy as np
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, List
 
-from ..audio import AUDIO_SUFFIXES, load_audio, resample
+from ..audio import AUDIO_SUFFIXES, UnknownFormatError, check_rates, load_audio, read_audio
+from ..configuration_cat import SAMPLING_RATE
 from .audioset import INDEX, read_audioset
 from .tables import (
     NAMED_ITEMS,
@@ -42,7 +43,6 @@ LABEL_SEPARATOR = ";"
 # 1-100032-A-0: fold, recording, take, target; 101415-3-0-2: recording, class, occurrence, slice.
 FREESOUND_NAME = re.compile(r"\d-(?P<esc50>\d+)-[A-Z]-\d+|(?P<urbansound8k>\d+)-\d+-\d+-\d+")
 EMPTY, TRUNCATED = "it holds no samples", "it is truncated: it ends before its header says"
-NOT_FINITE = "it holds NaN or infinite samples"
 LARGEST_DECLARED = 0x7FFF0000  # bytes
 LAYOUTS = (
     "ESC-50 (meta/esc50.csv and audio/), UrbanSound8K (metadata/UrbanSound8K.csv and audio/foldN/), "
@@ -290,9 +290,7 @@ def as_multi_label(dataset: Dataset) -> Dataset:
 
 
 def validate_audio_files(dataset: Dataset, on_bad_audio: str = "error") -> tuple[Dataset, list[str]]:
-    """Read the header and the last sample of every clip: a broken file should be found now, not in mid-training.
-
-    A file that soundfile cannot read is given to `load_audio`, which may know its format.
+    """Read every clip by `audio_problem`: a broken file should be found now, not in mid-training.
 
     Args:
         dataset: with the column `audio`.
@@ -334,15 +332,17 @@ def decode_clip(clip: str | dict, sampling_rate: int) -> np.ndarray:
     Returns:
         float32 mono waveform (N,) at `sampling_rate` Hz.
     """
-    if isinstance(clip, str):
-        return load_audio(clip, sampling_rate)
-    if clip["bytes"] is None:
-        return load_audio(clip["path"], sampling_rate)
+    path, encoded = _path_and_bytes(clip)
+    if encoded is None:
+        return load_audio(path, sampling_rate)
     try:
-        waveform, rate = soundfile.read(io.BytesIO(clip["bytes"]), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"Clip {clip['path']} cannot be decoded ({error}); convert it to wav, flac or ogg") from error
-    return resample(waveform.mean(axis=1), rate, sampling_rate)
+        return read_audio(io.BytesIO(encoded), path or "that has no name", sampling_rate)
+    except UnknownFormatError as error:
+        raise ValueError(f"Clip {path} cannot be decoded ({error}); convert it to wav, flac or ogg") from error
+
+
+def _path_and_bytes(clip: str | dict) -> tuple[str | None, bytes | None]:
+    return (clip, None) if isinstance(clip, str) else (clip["path"], clip["bytes"])
 
 
 def clip_name(clip: str | dict, position: int) -> str:
@@ -518,33 +518,36 @@ def _raw_audio(dataset: Dataset) -> list:
     return dataset.with_format(None)["audio"]
 
 
-def audio_problem(clip: str | dict) -> str | None:
-    """Why a clip cannot be read to its end, or None. Only its header and its last sample are looked at.
+def audio_problem(clip: str | dict, sampling_rate: int = SAMPLING_RATE) -> str | None:
+    """Why a clip cannot be read to its end and brought to `sampling_rate` Hz (default 32000), or None.
 
-    Of samples in floating point all are, since they may be no numbers.
+    Of uncompressed integers only the header is looked at. All else is decoded: compressed audio may have a gap
+    anywhere, and numbers in floating point may be none.
     """
-    path = clip if isinstance(clip, str) else clip["path"]
-    encoded = None if isinstance(clip, str) else clip["bytes"]
+    path, encoded = _path_and_bytes(clip)
+    rate = sampling_rate
     try:
-        file = soundfile.SoundFile(path if encoded is None else io.BytesIO(encoded))
-    except (soundfile.LibsndfileError, OSError):
-        try:
-            return None if len(decode_clip(clip, 32000)) else EMPTY
-        except (ValueError, OSError) as error:
-            return str(error)
-    with file:
-        if file.frames == 0:
-            return EMPTY
-        try:
-            file.seek(file.frames - 1)
-            complete = len(file.read(1)) > 0
-        except soundfile.LibsndfileError:
-            complete = False
-        if complete and file.subtype in ("FLOAT", "DOUBLE"):  # which alone can hold what is no number
-            file.seek(0)
-            if not all(np.isfinite(block).all() for block in file.blocks(2**16, dtype="float32")):
-                return NOT_FINITE
-        return None if complete and not _says_truncated(file.extra_info) else TRUNCATED
+        with (
+            open(path, "rb") if encoded is None else io.BytesIO(encoded) as stream,
+            soundfile.SoundFile(stream) as file,
+        ):
+            if file.frames == 0:
+                return EMPTY
+            if _says_truncated(file.extra_info):
+                return TRUNCATED
+            rate = file.samplerate
+            check_rates(rate, sampling_rate)
+            if file.subtype.startswith("PCM") and file.format != "FLAC":
+                return None
+    except (soundfile.LibsndfileError, TypeError):
+        pass  # `decode_clip` may know its format
+    except (ValueError, OSError) as error:
+        return str(error)
+    try:
+        decode_clip(clip, rate)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _says_truncated(log: str) -> bool:

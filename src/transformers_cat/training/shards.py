@@ -79,7 +79,7 @@ def read_shards(folder: str | Path) -> DatasetDict:
 def _encoded_rows(dataset: Dataset, sampling_rate: int, skipped: dict[str, str]) -> Iterator[dict]:
     for position, row in enumerate(dataset.with_format(None)):
         name = clip_name(row["audio"], position)
-        problem = audio_problem(row["audio"])
+        problem = audio_problem(row["audio"], sampling_rate)
         if problem is None:
             try:
                 encoded = _flac(decode_clip(row["audio"], sampling_rate), sampling_rate)
