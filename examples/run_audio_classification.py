@@ -82,6 +82,7 @@ from transformers_cat.training import (
     without_recordings_of,
     write_predictions,
 )
+from transformers_cat.training.data import refuse_shared_clips
 from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
 from transformers_cat.training.report import data_fingerprint, git_state, refuse_changes, write_history, write_json
 from transformers_cat.training.scores import Scores
@@ -350,6 +351,10 @@ def _load(data_args: DataArguments, model_args: ModelArguments, missing: list[st
     if data_args.train_file:
         files = {"train": data_args.train_file, "test": data_args.eval_file}
         parts = {split: load_audio_dataset(path, **columns) for split, path in files.items() if path}
+        if "test" in parts:
+            refuse_shared_clips(parts["train"], parts["test"])
+        if any(is_multi_label(part) for part in parts.values()):
+            parts = {split: as_multi_label(part) for split, part in parts.items()}
         names = label_names(parts["train"])
         return DatasetDict({split: align_labels(part, names) for split, part in parts.items()})
     if data_args.data:

@@ -663,14 +663,26 @@ class TestClips:
         clips, _ = self.clips(script, folder, tmp_path, *flags, "skip", "--check_audio", "false")
         assert len(clips.splits["train"]) == 13 and len(clips.skipped) == 1
 
-    def test_train_and_eval_files(self, script, folder, tmp_path):
+    def splits_of_two_files(self, script, folder, tmp_path, eval_rows):
         (folder / "train.csv").write_text("audio,label\nlow0.wav,low\nhigh0.wav,high\n")
-        (folder / "eval.csv").write_text("audio,label\nlow1.wav,low\n")
+        (folder / "eval.csv").write_text(f"audio,label\n{eval_rows}\n")
         flags = ["--train_file", str(folder / "train.csv"), "--eval_file", str(folder / "eval.csv"), "--do_train"]
         model_args, data_args, args = script.parse_arguments([*flags, "--do_eval", "--output_dir", str(tmp_path)])
-        splits = script.load_clips(data_args, model_args, args).splits
+        return script.load_clips(data_args, model_args, args).splits
+
+    @pytest.mark.parametrize(
+        ("label", "train", "test"), [("low", [1, 0], [1]), ("low;high", [[1], [0]], [[1, 0]])], ids=["single", "multi"]
+    )
+    def test_train_and_eval_files(self, script, folder, tmp_path, label, train, test):
+        splits = self.splits_of_two_files(script, folder, tmp_path, f"low1.wav,{label}")
         assert script.label_names(splits["test"]) == ["high", "low"]  # the training file's classes
-        assert splits["test"]["label"][:] == [1]
+        assert (splits["train"]["label"][:], splits["test"]["label"][:]) == (train, test)
+        assert {script.is_multi_label(split) for split in splits.values()} == {label != "low"}
+
+    def test_a_clip_of_both_files_is_refused(self, script, folder, tmp_path):
+        rows = f"low1.wav,low\n../{folder.name}/low0.wav,low"
+        with pytest.raises(ValueError, match=r"1 clips are in training and in test: .*low0\.wav\. Remove"):
+            self.splits_of_two_files(script, folder, tmp_path, rows)
 
     def test_audio_folder(self, script, tmp_path):
         for split in ("train", "test"):

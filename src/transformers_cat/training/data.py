@@ -251,6 +251,23 @@ def split_folds(dataset: Dataset, test_folds: Sequence[int], validation_folds: S
     )
 
 
+def refuse_shared_clips(train: Dataset, test: Dataset) -> None:
+    """Raise ValueError if a file is in both, by whatever path. Clips that are known by their bytes are not compared."""
+    held_out = _resolved_paths(test)
+    shared = [path for path in _resolved_paths(train) if path in held_out]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} clips are in training and in test: {some(shared)}. Remove them from one of the two: nobody "
+            "should train on what is tested"
+        )
+
+
+def _resolved_paths(dataset: Dataset) -> dict[str, None]:
+    """The distinct files of a data set, in its order."""
+    known = (_path_and_bytes(clip) for clip in _raw_audio(dataset))
+    return dict.fromkeys(str(Path(path).resolve()) for path, encoded in known if encoded is None)
+
+
 def is_multi_label(dataset: Dataset) -> bool:
     """Whether a clip may have several labels."""
     return isinstance(dataset.features["label"], List)
