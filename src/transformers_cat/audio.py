@@ -14,7 +14,7 @@ import numpy as np
 from .configuration_cat import SAMPLING_RATE, validate_integers
 
 # Of the files that a folder is searched for; a file named by hand may have any.
-AUDIO_SUFFIXES = {f".{name}" for name in "wav flac ogg oga opus mp3 aif aiff au m4a aac wma webm mp4".split()}
+AUDIO_SUFFIXES = {f".{name}" for name in "wav w64 flac ogg oga opus mp3 aif aiff au caf m4a aac wma webm mp4".split()}
 BLOCK_LENGTH = 2**16  # samples per channel that are decoded at a time
 OGG_GAP = re.compile(r"libogg reports a hole.*|Skipped \d+ bytes looking.*")
 UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile gives for samples that a header does not count

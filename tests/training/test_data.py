@@ -1,6 +1,7 @@
 """Readers, folds, checks and lazy decoding, on tiny written files and on the real data where it is present."""
 
 import csv
+import os
 import pickle
 import shutil
 import subprocess
@@ -183,6 +184,50 @@ class TestAudioFolder:
         assert isinstance(dataset, Dataset)
         assert label_names(dataset) == ["cat", "dog"]
         assert dataset["audio"][:] == [str(tmp_path / "cat" / "a.wav"), str(tmp_path / "dog" / "deeper" / "a.wav")]
+
+    def test_splits_in_any_case_beside_a_folder_without_audio(self, tmp_path):
+        for place in ("Train/dog", "TEST/dog"):
+            write_clip(tmp_path / place / "a.wav")
+        (tmp_path / "notes").mkdir()
+        splits = read_audiofolder(tmp_path)
+        assert list(splits) == ["train", "test"] and label_names(splits["test"]) == ["dog"]
+
+    def test_two_folders_for_one_split(self, tmp_path):
+        for place in ("val/dog", "validation/dog"):
+            write_clip(tmp_path / place / "a.wav")
+        with pytest.raises(ValueError, match="val and .*validation are both for the split validation"):
+            read_audiofolder(tmp_path)
+
+    def test_a_class_may_be_called_train(self, tmp_path):
+        for place in ("car", "plane", "train/first", "train"):
+            write_clip(tmp_path / place / "a.wav")
+        dataset = read_audiofolder(tmp_path)
+        assert label_names(dataset) == ["car", "plane", "train"] and dataset["label"][:] == [0, 1, 2, 2]
+
+    def test_links_are_followed_but_not_in_circles(self, tmp_path):
+        write_clip(tmp_path / "elsewhere" / "b.wav")
+        write_clip(tmp_path / "data" / "cat" / "a.wav")
+        (tmp_path / "data" / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "data" / "cat")
+        (tmp_path / "data" / "dog").symlink_to(tmp_path / "elsewhere")
+        dataset = read_audiofolder(tmp_path / "data")
+        assert dataset["label"][:] == [0, 0, 1, 1]
+
+    def test_class_folders_without_audio_are_named(self, tmp_path, caplog):
+        write_clip(tmp_path / "cat" / "a.caf")
+        (tmp_path / "dog").mkdir()
+        assert label_names(read_audiofolder(tmp_path)) == ["cat"]
+        assert "1 folders" in caplog.text and "no class: dog" in caplog.text
+
+    @pytest.mark.skipif(os.name != "posix", reason="file names are text")
+    def test_names_that_are_not_utf8(self, tmp_path, caplog):
+        write_clip(tmp_path / "cat" / "a.wav")
+        os.rename(write_clip(tmp_path / "cat" / "b.wav"), os.fsencode(tmp_path / "cat") + b"/caf\xe9.wav")
+        with pytest.raises(ValueError, match=r"1 of 2 files have names that are not UTF-8: .*caf\\xe9\.wav"):
+            load_audio_dataset(tmp_path)
+        missing = []
+        assert len(load_audio_dataset(tmp_path, on_missing="skip", missing=missing)) == 1
+        assert missing == [f"{tmp_path}/cat/caf\\xe9.wav"]
 
     def test_numbers_are_ordered_by_value(self, tmp_path):
         for name in ("10", "9", "2"):

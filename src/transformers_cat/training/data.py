@@ -8,9 +8,10 @@ needs the memory of one batch.
 
 import io
 import logging
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -108,25 +109,29 @@ def read_urbansound8k(folder: str | Path, on_missing: str = "error", missing: li
     return _numbered_classes(rows, paths, table, ("classID", "class"), on_missing, missing)
 
 
-def read_audiofolder(folder: str | Path) -> Dataset | DatasetDict:
-    """Read class sub-folders, either alone or below `train/`, `validation/`, `test/`.
+def read_audiofolder(
+    folder: str | Path, on_missing: str = "error", missing: list[str] | None = None
+) -> Dataset | DatasetDict:
+    """Read class sub-folders, either alone or below `train/`, `validation/`, `test/`, in whatever case.
 
-    A clip's label is the name of its class folder; clips may lie deeper. Ids follow the sorted names (by value where
-    all names are numbers) over all splits together.
+    A clip's label is the name of its class folder; clips may lie deeper, and behind links. Ids follow the sorted names
+    (by value where all names are numbers) over all splits together. Beside a sub-folder that is named otherwise and has
+    audio, `train/` is a class, too.
+
+    Args:
+        folder: the data set's root.
+        on_missing: "error" (default) or "skip" files whose names are not UTF-8, which no table can hold.
+        missing: a list to which the paths of the files that are left out are appended.
 
     Returns:
         A `DatasetDict` with the splits that exist, or one `Dataset` where there are no split folders.
 
     Raises:
-        ValueError: no audio file was found.
+        ValueError: no audio file was found, a file name is not UTF-8, or two folders are for the same split.
     """
     folder = Path(folder)
-    splits = {
-        split: next((folder / name for name in names if (folder / name).is_dir()), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
-    roots = {split: root for split, root in splits.items() if root is not None} or {"train": folder}
-    found = {split: _labelled_files(root) for split, root in roots.items()}
+    roots = _split_folders(folder) or {"train": folder}
+    found = {split: _with_utf8_names(_labelled_files(root), on_missing, missing) for split, root in roots.items()}
     for split, files in found.items():
         if not files:
             raise ValueError(
@@ -189,8 +194,9 @@ def load_audio_dataset(
             downloaded data set of the Hub in Parquet files), a `.csv` file, or the id of a data set on the Hub.
         audio_column: column of the clips in a CSV file or a data set of the Hub.
         label_column: column of the labels in a CSV file or a data set of the Hub.
-        on_missing: "error" (default) or "skip" table rows whose file does not exist.
-        missing: a list to which the names of the rows that are left out are appended.
+        on_missing: "error" (default) or "skip" table rows whose file does not exist, and files whose names are not
+            UTF-8.
+        missing: a list to which the names of what is left out are appended.
         load_dataset_kwargs: passed to `datasets.load_dataset` for a data set of the Hub (name, revision, token, ...).
 
     Returns:
@@ -433,7 +439,7 @@ def _read_folder(folder: Path, on_missing: str, missing: list[str] | None) -> Da
         raise ValueError(f"{folder} holds tables: name the one to read, e.g. {tables[0]}")
     if not any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"The layout of {folder} is not known: it has no sub-folders; known layouts: {LAYOUTS}")
-    return read_audiofolder(folder)
+    return read_audiofolder(folder, on_missing, missing)
 
 
 def _numbered_classes(
@@ -458,14 +464,66 @@ def _numbered_classes(
     return build_dataset([paths[i] for i in kept], labels, list(names), folds)
 
 
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each split, or none where there is audio in a sub-folder that is no split."""
+    splits, others = {}, []
+    for entry in _sub_folders(folder):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if entry.name.lower() in names), None)
+        if split is None:
+            others.append(entry)
+        elif split in splits:
+            raise ValueError(f"{splits[split]} and {entry} are both for the split {split}; put their clips into one")
+        else:
+            splits[split] = entry
+    if splits and any(True for other in others for _ in _audio_files(other)):
+        return {}
+    return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}
+
+
 def _labelled_files(root: Path) -> list[tuple[Path, str]]:
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return [
-        (path, folder.name)
-        for folder in classes
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
-    ]
+    """(audio file, name of its class folder); class folders without any are named in a warning."""
+    files = {folder.name: sorted(_audio_files(folder)) for folder in _sub_folders(root)}
+    empty = [name for name, found in files.items() if not found]
+    if empty:
+        logger.warning("%d folders in %s hold no audio file and are no class: %s", len(empty), root, some(empty))
+    return [(path, name) for name, found in files.items() for path in found]
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _audio_files(folder: Path) -> Iterator[Path]:
+    """The audio files at any depth. Links are followed, but no folder is entered twice, by which way ever."""
+    entered = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in entered else sorted(folders)
+        if real not in entered:
+            yield from (
+                Path(root, name)
+                for name in files
+                if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
+            )
+        entered.add(real)
+
+
+def _with_utf8_names(
+    files: list[tuple[Path, str]], on_missing: str, missing: list[str] | None
+) -> list[tuple[Path, str]]:
+    """The files but for those whose names Arrow cannot hold: an error about these, or a warning."""
+    check_choice("on_missing", on_missing)
+    names = {path: os.fsencode(path).decode(errors="backslashreplace") for path, _ in files}
+    others = [name for path, name in names.items() if name != str(path)]
+    if not others:
+        return files
+    listed = f"{len(others)} of {len(files)} files have names that are not UTF-8: {some(others)}"
+    if on_missing == "error":
+        raise ValueError(f"{listed}. Rename them, or leave them out with on_missing='skip'")
+    logger.warning("%s. They are left out.", listed)
+    if missing is not None:
+        missing += others
+    return [(path, label) for path, label in files if names[path] == str(path)]
 
 
 def _split_cell(cell: str) -> list[str]:
