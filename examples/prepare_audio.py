@@ -29,8 +29,12 @@ def fingerprint(splits: DatasetDict, clips_per_shard: int) -> str:
     for split, dataset in splits.items():
         digest.update(f"{split} {dataset.features}".encode())
         for row in dataset:
-            digest.update(json.dumps([row["audio"], row["label"], row.get("fold")]).encode())
+            digest.update(json.dumps([row["audio"], row["label"], row.get("fold")], default=_digest).encode())
     return digest.hexdigest()
+
+
+def _digest(encoded: bytes) -> str:
+    return hashlib.sha256(encoded).hexdigest()
 
 
 def check_plan(folder: Path, plan: str) -> None:

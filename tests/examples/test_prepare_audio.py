@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow
 import pytest
 import soundfile
+from datasets import Dataset
 
 from transformers_cat import load_audio
 from transformers_cat.training import label_names, load_audio_dataset
@@ -118,6 +119,14 @@ def test_goes_on_where_it_was_interrupted(script, prepared, folder, tmp_path):
     assert [row["audio"]["bytes"] for row in whole] == [row["audio"]["bytes"] for row in again]
     with pytest.raises(ValueError, match="shards of other clips or of another size"):
         script.main([*command(folder, output), "--clips_per_shard", "5"])
+
+
+def test_clips_given_as_bytes_have_a_fingerprint(script):
+    one, other = (
+        script.fingerprint({"train": Dataset.from_dict({"audio": [{"bytes": clip, "path": "a.wav"}], "label": [0]})}, 4)
+        for clip in (b"\xff", b"\xfe")
+    )
+    assert one != other
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="m4a needs the ffmpeg program")

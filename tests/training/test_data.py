@@ -330,6 +330,8 @@ class TestLayouts:
         assert label_names(load_audio_dataset(esc_folder)) == ["dog", "chainsaw"]
         assert label_names(load_audio_dataset(table)) == ["saw"]
         assert isinstance(load_audio_dataset(esc_folder / "folder"), DatasetDict)
+        Dataset.from_dict({"embedding": [1.0]}).to_parquet(esc_folder / "embeddings.parquet")
+        assert label_names(load_audio_dataset(esc_folder)) == ["dog", "chainsaw"]
 
     def test_urbansound8k_recognised(self, urban_folder):
         assert load_audio_dataset(urban_folder)["fold"][:] == [3, 5]
@@ -411,6 +413,20 @@ class TestHub:
         assert set(loaded) == {"train", "test"} and label_names(loaded["test"]) == ["dog", "rain"]
         decoded = decode_audio(loaded["test"], RATE)[0]
         assert decoded["label"] == 1 and decoded["audio"].shape == (400,)
+
+    @pytest.mark.parametrize(
+        ("labels", "feature"),
+        [
+            (["dog", None], Value("string")),
+            ([0, None], ClassLabel(names=["dog"])),
+            ([["dog"], None], List(Value("string"))),
+            ([[0], [None]], List(ClassLabel(names=["dog"]))),
+        ],
+    )
+    def test_no_label_is_no_class(self, labels, feature):
+        part = Dataset.from_dict({"label": labels}, features=datasets.Features({"label": feature}))
+        with pytest.raises(ValueError, match=r"train: clip number 2 has no label"):
+            data._with_class_labels({"train": part})
 
     def test_class_labels_are_kept(self):
         feature = ClassLabel(names=["z", "a"])

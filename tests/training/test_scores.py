@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from transformers_cat.training import Scores, align_scores, average_scores, read_scores, write_scores
 from transformers_cat.training.metrics import PROBLEM_TYPES
@@ -51,6 +52,20 @@ def test_parts_with_their_classes_in_another_order():
     np.testing.assert_array_equal(again.values, ONE.values)
     with pytest.raises(ValueError, match="classes of another part, differ: 1 lacking: emu; 1 more: gnu"):
         concatenate_scores([ONE, replace(ONE, names=["dog, small", "label", "gnu"])])
+
+
+def test_clips_inside_of_parquet_files_may_share_a_name(tmp_path):
+    features = Features(
+        {"audio": {"bytes": Value("binary"), "path": Value("string")}, "label": ClassLabel(names=["dog", "rain"])}
+    )
+    clips = [{"bytes": b"", "path": path} for path in ("1.wav", "2.wav", "1.wav")]
+    dataset = Dataset.from_dict({"audio": clips, "label": [0, 0, 1]}, features=features)
+    scores = Scores.of(dataset, np.full((3, 2), 0.5), ["dog", "rain"])
+    assert scores.paths == ["1.wav", "2.wav", "1.wav (2)"]
+    folds = [read_scores(write_scores(scores.select(clips), tmp_path / "scores.csv")) for clips in ([0, 1], [0, 2])]
+    whole = concatenate_scores(folds)
+    assert read_scores(write_scores(whole, tmp_path / "scores.csv")).paths == whole.paths
+    assert len(set(whole.paths)) == 4
 
 
 def test_small_probabilities_keep_their_order(tmp_path):

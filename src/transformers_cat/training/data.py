@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -208,7 +208,7 @@ def load_audio_dataset(
         ValueError: a folder whose layout is unknown.
     """
     path = Path(name_or_path)
-    if path.is_dir() and not any(path.rglob("*.parquet")):
+    if path.is_dir() and (_known_reader(path) or not any(path.rglob("*.parquet"))):
         return _read_folder(path, on_missing, missing)
     if path.is_file():
         if path.suffix.lower() != ".csv":
@@ -425,15 +425,22 @@ class _DecodeAudio:
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of the readers
 # ---------------------------------------------------------------------------------------------------------------------
-def _read_folder(folder: Path, on_missing: str, missing: list[str] | None) -> Dataset | DatasetDict:
+def _known_reader(folder: Path) -> Callable | None:
+    """The reader for the table or the shards in a folder."""
     layouts = {"meta/esc50.csv": read_esc50, "metadata/UrbanSound8K.csv": read_urbansound8k, INDEX: read_audioset}
     for table, read in layouts.items():
         if (folder / table).is_file():
-            return read(folder, on_missing, missing)
+            return read
     if any(folder.glob("*-of-*.arrow")):
         from .shards import read_shards  # which decodes by this module
 
-        return read_shards(folder)
+        return lambda folder, on_missing, missing: read_shards(folder)
+    return None
+
+
+def _read_folder(folder: Path, on_missing: str, missing: list[str] | None) -> Dataset | DatasetDict:
+    if read := _known_reader(folder):
+        return read(folder, on_missing, missing)
     tables = sorted(folder.glob("*.csv"))
     if tables:
         raise ValueError(f"{folder} holds tables: name the one to read, e.g. {tables[0]}")
@@ -570,10 +577,16 @@ def _from_hub(loaded: Dataset | DatasetDict, audio_column: str, label_column: st
 def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
     """Labels given as text or plain numbers become class labels, with the same ids in every split."""
     feature = next(iter(parts.values())).features["label"]
-    if isinstance(feature, ClassLabel) or (isinstance(feature, List) and isinstance(feature.feature, ClassLabel)):
-        return parts
     multi = isinstance(feature, List)
     values = {split: part["label"][:] for split, part in parts.items()}
+    for split, rows in values.items():
+        unknown = [i for i, row in enumerate(rows, start=1) if row is None or (multi and None in row)]
+        if unknown:
+            raise ValueError(
+                f"{split}: clip number {unknown[0]} has no label (of {len(unknown)}); every clip needs one"
+            )
+    if isinstance(feature.feature if multi else feature, ClassLabel):
+        return parts
     flat = [value for rows in values.values() for row in rows for value in (row if multi else [row])]
     names = _sorted_names(str(value) for value in flat)
     id_of = {name: i for i, name in enumerate(names)}

@@ -7,7 +7,7 @@ not read. A file made by any other program can take part if it has `path` and th
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,11 +106,23 @@ class Scores:
 
 
 def clip_names(dataset: Dataset) -> list[str]:
-    """The path of each clip, or its number where only its bytes are known; no clip is read for it."""
+    """The path of each clip, or its number where only its bytes are known, each once; no clip is read for it."""
     audio = dataset.with_format(None).select_columns("audio")
     if dataset.features["audio"] != Value("string"):
         audio = audio.flatten().select_columns("audio.path")
-    return [path or f"clip {i}" for i, path in enumerate(audio[audio.column_names[0]])]
+    return _distinct(path or f"clip {i}" for i, path in enumerate(audio[audio.column_names[0]]))
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The second "a.wav" becomes "a.wav (2)": inside of Parquet files, clips may share a name."""
+    distinct, tries = {}, Counter()
+    for name in names:
+        free = name
+        while free in distinct:
+            tries[name] += 1
+            free = f"{name} ({tries[name] + 1})"
+        distinct[free] = None
+    return list(distinct)
 
 
 def write_scores(scores: Scores, path: str | Path) -> Path:
@@ -171,7 +183,7 @@ def read_scores(path: str | Path) -> Scores:
 
 
 def concatenate_scores(parts: Sequence[Scores]) -> Scores:
-    """The clips of all parts, which have the same classes, one part after the other."""
+    """The clips of all parts, which have the same classes, one part after the other; repeated names are numbered."""
     first = parts[0]
     for part in parts[1:]:
         _refuse_difference("classes", first.names, part.names, "another part")
@@ -180,6 +192,7 @@ def concatenate_scores(parts: Sequence[Scores]) -> Scores:
         for name in ("paths", "labels", "folds")
     }
     values = np.concatenate([_columns(part, first.names) for part in parts])
+    columns["paths"] = _distinct(columns["paths"])
     return replace(first, values=values, **columns)
 
 
