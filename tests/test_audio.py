@@ -72,7 +72,7 @@ def test_damage_in_the_middle_is_no_shorter_recording(tmp_path, extension):
     content = path.read_bytes()
     middle = len(content) // 2
     path.write_bytes(content[:middle] + b"damage" * 500 + content[middle + 3000 :])
-    with pytest.raises(ValueError, match=f"gap.{extension} is damaged: "):
+    with pytest.raises(ValueError, match=f"gap.{extension} is damaged: .*of its 64000 samples"):
         load_audio(path)
 
 

@@ -101,7 +101,10 @@ def _decode(stream: BinaryIO, name: str | os.PathLike) -> tuple[np.ndarray, int]
         except soundfile.LibsndfileError as error:
             if not counted:  # another program may read what libsndfile gives up
                 raise UnknownFormatError(error.error_string) from error
-            raise ValueError(f"The audio file {name} is damaged: {error.error_string}") from error
+            raise ValueError(
+                f"The audio file {name} is damaged: not all of its {file.frames} samples can be read: "
+                f"{error.error_string}"
+            ) from error
         if counted and len(audio) < file.frames:
             raise ValueError(
                 f"The audio file {name} is damaged: of its {file.frames} samples, only {len(audio)} can be read."
