@@ -13,11 +13,13 @@ Checkpoints of any audio classifier of transformers, each with its own features 
 
 All members must have the same classes, by name, and score the same clips; else the differences are listed. A score
 file is a CSV with a column `path` and one for each class, as `predictions.csv` of a run: scores of any other program
-can join. With the clips' folds, the mean over folds is reported, as cross-validation does. The output folder gets
-`results.json`, `table.md` and, for the averaged scores, `predictions.csv`, per-class scores and a confusion matrix.
+can join. A model is not evaluated on clips that its run was trained on. With the clips' folds, the mean over folds is
+reported, as cross-validation does. The output folder gets `results.json`, `table.md` and, for the averaged scores,
+`predictions.csv`, per-class scores and a confusion matrix.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -82,6 +84,32 @@ def load_clips(args: argparse.Namespace) -> Dataset:
     return split_folds(loaded, args.test_folds)["test"] if args.test_folds else loaded
 
 
+def refuse_training_clips(model: Path, data: str, clips: Dataset) -> None:
+    """Refuse what the model was trained on, where the `results.json` of its run is beside it.
+
+    Args:
+        model: folder of the model, or an id on the Hub, of which nothing is known.
+        data: where the clips are from: the folds that a run on the same data did not hold out are refused.
+        clips: the clips to evaluate on; from anywhere, if they are just those of the training.
+
+    Raises:
+        ValueError: the model was trained on some of the clips.
+    """
+    path = model / "results.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    arguments = run.get("arguments", {})
+    if not arguments.get("training", {}).get("do_train"):
+        return
+    trained = arguments["data"]
+    source = trained["data"] or trained["dataset_name"] or trained["train_file"]
+    if "fold" in clips.column_names and Path(source).resolve() == Path(data).resolve():
+        held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
+        if folds := sorted(set(clips["fold"][:]) - held_out):
+            raise ValueError(f"{model} was trained on the folds {folds} of {data}; choose others by --test_folds")
+    if run["fingerprints"].get("train") == data_fingerprint(clips):
+        raise ValueError(f"{model} was trained on these clips")
+
+
 def collect(args: argparse.Namespace, clips: Dataset | None) -> dict[str, Scores]:
     """The scores of every member, by its name."""
     members = {path: read_scores(path) for path in args.scores}
@@ -126,6 +154,8 @@ def main(argv: list[str] | None = None) -> dict:
     """
     args = parse_arguments(argv)
     clips = load_clips(args) if args.data else None
+    for model in args.models:
+        refuse_training_clips(Path(model), args.data, clips)
     members = align_scores(collect(args, clips))
     average = average_scores(members)
     problem_type = args.problem_type or average.problem_type

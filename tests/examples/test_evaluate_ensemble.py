@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import shutil
 import sys
 import types
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +91,32 @@ def test_folds_are_those_of_data(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.main(["--scores", "a.csv", "--test_folds", "1", "--output_dir", str(tmp_path)])
     assert "--test_folds chooses the clips of --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ({"test_folds": [1]}, [], r"was trained on the folds \[2\] of .*; choose others by --test_folds"),
+        ({"test_folds": [1]}, ["--test_folds", "1"], None),
+        ({"test_folds": [3], "validation_folds": [1]}, ["--test_folds", "1"], None),
+        ({}, ["--test_folds", "1"], r"on the folds \[1\]"),
+        ({"data": "elsewhere"}, [], "on these clips"),
+        ({"data": "elsewhere"}, ["--test_folds", "1"], None),
+        ({"do_train": False}, [], None),
+    ],
+)
+def test_clips_of_the_training_are_refused(script, folder, tmp_path, run, flags, message):
+    """By the folds that the run did not hold out, or by the fingerprint of its training clips."""
+    data = {"data": f"{folder}/clips.csv", "dataset_name": None, "test_folds": None, "validation_folds": None, **run}
+    results = {
+        "arguments": {"data": data, "training": {"do_train": True, **run}},
+        "fingerprints": {"train": script.data_fingerprint(load_audio_dataset(folder / "clips.csv"))},
+    }
+    model = shutil.copytree(folder / "cat", tmp_path / "model")
+    (model / "results.json").write_text(json.dumps(results))
+    command = ["--data", f"{folder}/clips.csv", "--models", str(model), "--output_dir", str(tmp_path), *flags]
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        script.main(command)
 
 
 def test_other_classes_are_refused(script, folder, tmp_path):
