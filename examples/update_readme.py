@@ -110,6 +110,7 @@ def experiment(results: dict) -> str:
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_ensemble": ("esc10_ensemble/results.json", {"results"}, ensemble),
     "esc10_strided": ("esc10_strided/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_unwhitened": ("esc10_unwhitened/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
     "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
@@ -121,6 +122,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, comparison),
     "compare_unwhitened": ("compare_unwhitened/results.json", None, comparison),
     "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
+    "transfer_strided": ("transfer_strided/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "transfer_cnn": ("transfer_cnn/summary.json", {"linear probe", "fine-tuned"}, transfer),
     "volume": ("volume/results.json", None, robustness),
     "length": ("length/results.json", None, robustness),
