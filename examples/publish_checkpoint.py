@@ -13,21 +13,22 @@ import argparse
 import json
 from pathlib import Path
 
+from run_audio_classification import EVALUATION, INCIDENTAL
+
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification, include_code, model_card
 from transformers_cat.cards import DATASETS, known_dataset
+
+# How arguments begin by which a model of all clips and those of its cross-validation may differ.
+NOT_THE_RECIPE = (*INCIDENTAL, *EVALUATION, "test_folds", "validation_folds", "seed")
 
 
 def check_same_recipe(own: dict, others: list[dict]) -> None:
     """Refuses scores of another recipe: they would say nothing of this model."""
-    ignored = {
-        "data": {"test_folds", "validation_folds"},
-        "training": {"output_dir", "eval_strategy", "do_eval", "seed"},
-    }
-    ignored["training"] |= {"disable_tqdm", "logging_dir", "report_to", "run_name", "hub_model_id"}
     for other in others:
         for part in ("data", "training"):
             ours, theirs = own["arguments"][part], other["arguments"][part]
-            if differing := {key for key in ours if ours[key] != theirs.get(key)} - ignored[part]:
+            differing = {key for key in ours if ours[key] != theirs.get(key) and not key.startswith(NOT_THE_RECIPE)}
+            if differing:
                 raise ValueError(f"The cross-validation had other arguments than the model: {sorted(differing)}")
         for start in ("model_name_or_path", "init_from"):
             if own["arguments"]["model"].get(start) != other["arguments"]["model"].get(start):

@@ -214,7 +214,7 @@ def test_elsewhere(example, folder, tmp_path):
 def test_publish(example, folder, tmp_path):
     """A model of all clips, with the scores of the cross-validation of its recipe and of no other."""
     example("cross_validate").main(flags(folder, tmp_path / "cv", "--folds", "1", "2", "--eval_strategy", "no"))
-    shown = ("--disable_tqdm", "false")  # which is no part of a recipe
+    shown = ("--disable_tqdm", "false", "--logging_steps", "7")  # which are no part of a recipe
     own = flags(folder, tmp_path / "all", "--eval_strategy", "no", *shown)
     example("run_audio_classification").main([*own, "--do_train"])
     command = ["--model", tmp_path / "all", "--cross_validation", tmp_path / "cv", "--output_dir", tmp_path / "out"]
