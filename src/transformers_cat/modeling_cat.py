@@ -362,9 +362,9 @@ class CATResolutionExchange(nn.Module):
 class CATStem(nn.Module):
     """A residual convolutional stem: 3x3 convolutions over the K spectrograms of a filter, each with maximum pooling.
 
-    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality. Pooling
-    instead of their strides lowers the loss on unheard clips. What it adds to the patch embedding has the scale of
-    that, but starts as zero beside pre-trained weights.
+    After Xiao et al., "Early convolutions help transformers see better" (2021): few clips do not teach locality.
+    Pooling instead of their strides lowers the loss on unheard clips. What it adds to the patch embedding has the scale
+    of that, but starts as zero beside pre-trained weights.
     """
 
     def __init__(self, config: CATConfig):
