@@ -901,7 +901,7 @@ class CATModel(CATPreTrainedModel):
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
             # A mask costs time, but in training a look at it would keep a GPU waiting.
-            if look and not (self.training and attention_mask.is_cuda) and bool(attention_mask.all()):
+            if look and (attention_mask.device.type == "cpu" or not self.training) and bool(attention_mask.all()):
                 attention_mask = None
         if input_values.ndim == 2:
             features, attention_mask = self.mrmf(input_values, attention_mask, whiten)
@@ -953,7 +953,7 @@ class CATModel(CATPreTrainedModel):
         r"""
         Args:
             input_values (`torch.Tensor` of shape `(B, T, G * K * F)` or `(B, N)`): Spectrograms or waveforms, as
-                [`CATFeatureExtractor`] returns them with `do_mrmf=True` or `False`.
+                [`CATFeatureExtractor`] returns them with `do_mrmf=True` or `False`. N is not `G * K * F`, some 12 ms.
             attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, N)`, *optional*): 1 where there is audio, 0 on
                 padding. What a clip is padded with, or batched with, does not change its output.
 
