@@ -13,7 +13,8 @@ r"""The ablations of the paper's Table II and of the model's parts, each row a c
 `--config_overrides` holds for every row, and the row's own overrides come on top. All other flags are those of
 `cross_validate.py` or, for table d, of `transfer.py`, which takes no `--folds`; both resume what was interrupted. The
 output folder gets a folder for each cell, and the result as `table.md`, `table.csv`, `results.json` and `table.png`:
-mean accuracy (AudioSet: mAP) with the standard deviation between seeds or, with one seed, between folds.
+mean accuracy (AudioSet: mAP) with the standard deviation between seeds or, with one seed, between folds; but for table
+d the mean loss on the test clips, too.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from accelerate import PartialState
 from transformers import AutoConfig
 
 import transformers_cat  # noqa: F401  registers the configuration with transformers
-from transformers_cat.training.protocol import markdown_table, per_cent
+from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import plot_means, write_json, write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
@@ -125,29 +126,47 @@ def measure_transfer(args: argparse.Namespace, flags: list[str]) -> dict[str, di
     return results
 
 
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """row -> column -> mean, deviation and, where all have one, loss, as a table."""
+    columns = list(next(iter(results.values())))
+    with_loss = all("loss" in one for own in results.values() for one in own.values())
+    header, rows = [""], [[row] for row in results]
+    for column in columns:
+        header += [column, f"{column}, loss"] if with_loss else [column]
+        for row, own in zip(rows, results.values()):
+            row.append(per_cent(own[column]["mean"], own[column]["deviation"]))
+            if with_loss:
+                row.append(f"{own[column]['loss']:.2f}")
+    return markdown_table(header, rows)
+
+
+def kept(summary: dict) -> dict[str, float | None]:
+    """What a cell keeps of its summary; the loss is the mean over seeds, and a transfer has none."""
+    losses = [own["loss"] for own in summary["seeds"].values() if "loss" in own]
+    loss = {"loss": mean_and_deviation(losses)[0]} if losses else {}
+    return {"mean": summary["mean"], "deviation": summary["deviation"], **loss}
+
+
 def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
     """Markdown, CSV, JSON and a picture of the results."""
     summaries = [summary for own in results.values() for summary in own.values()]
-    label = f"{summaries[0]['metric']}, %"
+    label, deviation_of = f"{summaries[0]['metric']}, %", summaries[0]["deviation_of"]
     notes = " ".join(dict.fromkeys(summary["note"] for summary in summaries))
-    note = f"{label}; mean ± standard deviation between {summaries[0]['deviation_of']}. {notes}"
-    columns = list(next(iter(results.values())))
-    shown = [[row, *(per_cent(own[c]["mean"], own[c]["deviation"]) for c in columns)] for row, own in results.items()]
-    text = f"{markdown_table(['', *columns], shown)}\n{note}\n"
+    figures = {row: {column: kept(summary) for column, summary in own.items()} for row, own in results.items()}
+    text = f"{table(figures)}\n{label}; mean ± standard deviation between {deviation_of}. {notes}\n"
     (output_dir / "table.md").write_text(text, encoding="utf-8")
     print(text)
+    header = ["row", "column", "mean", "deviation", "deviation_of", "loss"]
     rows = [
-        [row, column, summary["mean"], summary["deviation"], summary["deviation_of"]]
-        for row, own in results.items()
-        for column, summary in own.items()
+        [row, column, one["mean"], one["deviation"], deviation_of, one.get("loss")]
+        for row, own in figures.items()
+        for column, one in own.items()
     ]
-    write_rows(output_dir / "table.csv", ["row", "column", "mean", "deviation", "deviation_of"], rows)
-    kept = {
-        row: {c: {"mean": one["mean"], "deviation": one["deviation"]} for c, one in own.items()}
-        for row, own in results.items()
+    write_rows(output_dir / "table.csv", header, rows)
+    write_json(output_dir / "results.json", figures)
+    means = {
+        row: {column: (one["mean"], one["deviation"]) for column, one in own.items()} for row, own in figures.items()
     }
-    write_json(output_dir / "results.json", kept)
-    means = {row: {c: (own[c]["mean"], own[c]["deviation"]) for c in columns} for row, own in results.items()}
     plot_means(means, output_dir / "table.png", label)
 
 

@@ -66,10 +66,10 @@ def one_run(results: dict) -> str:
 
 
 def ablation(results: dict) -> str:
-    """The rows of a `results.json` of ablate.py."""
-    columns = list(next(iter(results.values())))
-    rows = [[row, *(per_cent(own[c]["mean"], own[c]["deviation"]) for c in columns)] for row, own in results.items()]
-    return markdown_table(["accuracy, %", *columns], rows)
+    """The table of ablate.py."""
+    import ablate
+
+    return ablate.table(results)
 
 
 def robustness(results: dict) -> str:

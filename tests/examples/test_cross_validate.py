@@ -302,10 +302,20 @@ def test_ablation_table(example, folder, tmp_path):
         (row, column): one["mean"] for row, own in kept.items() for column, one in own.items()
     }
     assert [float(row["mean"]) for row in rows] == [own["CAT"]["mean"] for own in results.values()]
-    assert (tmp_path / "table.md").read_text().startswith("|  | CAT |") and (tmp_path / "table.png").stat().st_size
-    for name, weight in (("CAT_w_o_CL", 0), ("CAT_w_CL", 1)):
+    assert (tmp_path / "table.png").stat().st_size
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "|  | CAT | CAT, loss |"
+    for row, line, name, weight in zip(rows, lines[2:], ("CAT_w_o_CL", "CAT_w_CL"), (0, 1)):
         run = json.loads((tmp_path / name / "seed0" / "fold1" / "results.json").read_text())
+        assert float(row["loss"]) == run["metrics"]["eval_loss"] and line.endswith(f" {float(row['loss']):.2f} |")
         assert run["config"]["causal_loss_weight"] == run["config"]["reconstruction_loss_weight"] == weight
+
+
+def test_an_ablation_of_transfer_has_no_loss(example):
+    one = {"mean": 0.5, "deviation": None, "seeds": {0: {"folds": {1: 0.5}, "mean": 0.5, "deviation": None}}}
+    script = example("ablate")
+    assert script.kept(one) == {"mean": 0.5, "deviation": None}
+    assert script.table({"w/o CL": {"CAT": script.kept(one)}}).splitlines()[::2] == ["|  | CAT |", "| w/o CL | 50.0 |"]
 
 
 def test_rows_of_table_c(example):
