@@ -29,7 +29,8 @@ from transformers import AutoConfig
 
 import transformers_cat  # noqa: F401  registers the configuration with transformers
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
-from transformers_cat.training.report import plot_means, write_json, write_rows
+from transformers_cat.training.report import plot_means, write_json
+from transformers_cat.training.tables import write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
 WITH_CAUSAL = {"causal_loss_weight": 1, "reconstruction_loss_weight": 1}  # the paper's weights

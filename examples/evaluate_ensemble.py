@@ -39,7 +39,7 @@ from transformers_cat.training import (
     write_predictions,
 )
 from transformers_cat.training.ensemble import panns_scores, pipeline_scores
-from transformers_cat.training.metrics import PROBLEM_TYPES
+from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import data_fingerprint, git_state, write_json
 
@@ -115,7 +115,7 @@ def collect(args: argparse.Namespace, clips: Dataset | None) -> dict[str, Scores
     members = {path: read_scores(path) for path in args.scores}
     if clips is None:
         return members
-    problem_type = args.problem_type or PROBLEM_TYPES[is_multi_label(clips)]
+    problem_type = args.problem_type or (MULTI_LABEL if is_multi_label(clips) else SINGLE_LABEL)
     for name in args.models:
         classifier = pipeline("audio-classification", model=name, trust_remote_code=args.trust_remote_code)
         members[name] = pipeline_scores(classifier, clips, problem_type, args.batch_size)

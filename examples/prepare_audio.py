@@ -9,7 +9,6 @@ An interrupted run goes on when the same command is given again. Train with `--d
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +19,9 @@ from datasets import Dataset, DatasetDict
 
 from transformers_cat.configuration_cat import SAMPLING_RATE
 from transformers_cat.training import load_audio_dataset
+from transformers_cat.training.report import write_json
 from transformers_cat.training.shards import shard_path, write_shard
+from transformers_cat.training.tables import write_rows
 
 
 def fingerprint(splits: DatasetDict, clips_per_shard: int) -> str:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     check_plan(arguments.output_dir, fingerprint(splits, arguments.clips_per_shard))
 
-    skipped = dict.fromkeys(missing, "there is no such file")
+    skipped = dict.fromkeys(missing, "there is no such file, or its name is not UTF-8")
     context = multiprocessing.get_context("spawn")  # libraries that decode and resample start threads of their own
     with ProcessPoolExecutor(arguments.num_workers, mp_context=context) as pool:
         parts, paths = [], []
@@ -79,15 +80,12 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             skipped |= reasons
             print(f"{path.name} ({done} of {len(paths)}), {len(reasons)} clips skipped", flush=True)
 
-    with (arguments.output_dir / "report.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["clip", "reason"])
-        writer.writerows(skipped.items())
+    write_rows(arguments.output_dir / "report.csv", ["clip", "reason"], skipped.items())
     # AudioSet's balanced clips, one in a hundred, are part of `train` and written once more for training on them alone.
     listed = sum(len(dataset) for split, dataset in splits.items() if split != "balanced_train") + len(missing)
     counts = {"listed": listed, "missing": len(missing), "unreadable": len(skipped) - len(missing)}
     counts["written"] = listed - len(skipped)
-    (arguments.output_dir / "report.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.output_dir / "report.json", counts)
     print(counts)
     return counts
 

@@ -31,12 +31,10 @@ from transformers_cat.training import (
     split_folds,
     without_only_split,
 )
-from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
+from transformers_cat.training.metrics import SINGLE_LABEL, probabilities
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
 from transformers_cat.training.scores import Scores
-
-SINGLE_LABEL = PROBLEM_TYPES[0]
 
 
 def louder(waveform: torch.Tensor, sampling_rate: int, decibels: float) -> torch.Tensor:

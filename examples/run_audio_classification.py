@@ -83,7 +83,7 @@ from transformers_cat.training import (
     write_predictions,
 )
 from transformers_cat.training.data import refuse_shared_clips
-from transformers_cat.training.metrics import PROBLEM_TYPES, probabilities
+from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, probabilities
 from transformers_cat.training.report import data_fingerprint, git_state, refuse_changes, write_history, write_json
 from transformers_cat.training.scores import Scores
 
@@ -92,7 +92,6 @@ with suppress(ModuleNotFoundError):  # where this script was copied to without i
 
 logger = logging.getLogger(__name__)
 
-SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 ADAMW = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 TRAINING_NAME = "training.json"  # what decides the training whose checkpoints lie beside it
 # How the names of the arguments begin that do not decide what is trained; what is skipped, fingerprints tell.
@@ -391,7 +390,7 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
     else:
         splits = DatasetDict(test=loaded)
     if args.do_train and "train" not in splits:
-        raise ValueError("Every fold is held out; leave at least one to train on")
+        raise ValueError("Every fold or split is held out; leave at least one to train on, see --train_split_name")
     if args.do_eval and not {"test", "validation"} & set(splits):
         given = (
             f"the folds {sorted(set(loaded['fold']))}" if "fold" in loaded.column_names else "neither folds nor splits"
@@ -405,14 +404,14 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
 
 
 def _named_splits(loaded: DatasetDict, data_args: DataArguments) -> DatasetDict:
-    test_name = data_args.eval_split_name or ("test" if "test" in loaded else "validation")
-    for flag, name in (("--train_split_name", data_args.train_split_name), ("--eval_split_name", test_name)):
-        if name not in loaded:
+    """Those that are there; an error about one that was asked for by name and is not."""
+    train, test = data_args.train_split_name, data_args.eval_split_name
+    for flag, name in (("--train_split_name", train), ("--eval_split_name", test)):
+        if name not in (None, "train", *loaded):
             raise ValueError(f"The data have no split {name!r}, only {list(loaded)}; choose one with {flag}")
-    splits = {"train": loaded[data_args.train_split_name], "test": loaded[test_name]}
-    if "validation" in loaded and test_name != "validation":
-        splits["validation"] = loaded["validation"]
-    return DatasetDict(splits)
+    test = test or ("test" if "test" in loaded else "validation")
+    names = {"train": train, "test": test, "validation": "validation" if test != "validation" else None}
+    return DatasetDict({split: loaded[name] for split, name in names.items() if name in loaded})
 
 
 def resolve_problem_type(requested: str | None, dataset: Dataset) -> str:

@@ -72,6 +72,16 @@ def test_names_that_look_like_globs_and_hidden_files(folder):
     assert found == ["a.wav", "b.FLAC", "take [1].wav"]
 
 
+def test_linked_folders_are_searched_and_hidden_ones_are_not(folder):
+    for place in (folder / ".trash", folder.parent / "elsewhere"):
+        place.mkdir()
+        soundfile.write(place / "c.wav", np.zeros(100), 32_000)
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
+    (folder.parent / "elsewhere" / "circle").symlink_to(folder)
+    found = [str(path.relative_to(folder)) for path in find_files([str(folder)])[0]]
+    assert found == ["a.wav", "below/b.FLAC", "linked/c.wav"]
+
+
 @pytest.mark.parametrize("pattern", ["missing.wav", "*.mp3", "empty"])
 def test_what_names_no_file_is_named_and_the_rest_go_on(folder, capsys, checkpoint, pattern):
     (folder / "empty").mkdir()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,25 @@ OGG_GAP = re.compile(r"libogg reports a hole.*|Skipped \d+ bytes looking.*")
 UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile gives for samples that a header does not count
 MAX_RATE_RATIO = 100  # between two sampling rates: what lies further apart is a damaged header
 MAX_RATE_TERM = 2000  # of the ratio's fraction: torchaudio's filters hold the product of its two terms
+
+
+def audio_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """The audio files of a folder and of all below it, each folder's in alphabetic order, but no hidden ones.
+
+    Hidden are names with a leading dot, such as the `._clip.wav` that some systems write beside `clip.wav`. Links are
+    followed, but no folder is entered twice, by which way ever.
+    """
+    entered = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith("."):
+                yield Path(root, name)
 
 
 def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:

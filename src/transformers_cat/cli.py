@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, Pipeline, pipeline
 from transformers.utils.logging import disable_progress_bar
 
-from .audio import AUDIO_SUFFIXES, load_audio
+from .audio import audio_files, load_audio
 from .configuration_cat import MRMF_ARGUMENTS
 
 SHIPPED = Path(__file__).with_name("checkpoints") / "cat-nano-esc10"  # in a checkout, a link into model_cards/
@@ -54,7 +54,7 @@ def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     for pattern in patterns:
         # A name that looks like a glob, such as "take [1].wav", may be that of a file.
         paths = [Path(pattern)] if os.path.exists(pattern) else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        matches = [file for path in paths for file in ([path] if path.is_file() else _files_below(path))]
+        matches = [file for path in paths for file in ([path] if path.is_file() else sorted(audio_files(path)))]
         found += matches
         if not matches:
             missing.append(pattern)
@@ -206,12 +206,6 @@ def info(arguments: argparse.Namespace) -> int:
     if not facts["results"]:
         print("results       none stated")
     return 0
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Audio files, but no hidden ones, such as the `._clip.wav` that some systems write beside `clip.wav`."""
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
-    return sorted(file for file in files if file.is_file() and not file.name.startswith("."))
 
 
 def _count_parameters(file: Path) -> int:

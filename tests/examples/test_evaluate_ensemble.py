@@ -136,6 +136,9 @@ def test_several_labels_have_sigmoids(folder):
     odds = several / (1 - several)
     np.testing.assert_allclose(one[:, 0] / one[:, 1], odds[:, 0] / odds[:, 1], rtol=1e-4)
     np.testing.assert_allclose(one.sum(axis=1), 1, rtol=1e-5)
+    classifier.model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match="cat gives no probabilities: its problem type is 'regression'"):
+        pipeline_scores(classifier, clips, "single_label_classification")
 
 
 def test_panns(folder, script, tmp_path, monkeypatch):

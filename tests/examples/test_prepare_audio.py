@@ -80,7 +80,7 @@ def test_report(prepared, folder):
     assert json.loads((output / "report.json").read_text()) == counts
     with (output / "report.csv").open(newline="") as file:
         reasons = {Path(row["clip"]).name: row["reason"] for row in csv.DictReader(file)}
-    assert reasons["absent.wav"] == "there is no such file"
+    assert reasons["absent.wav"] == "there is no such file, or its name is not UTF-8"
     assert reasons["empty.wav"] == "it holds no samples"
     assert "half.flac is damaged" in reasons["half.flac"]
     assert "Cannot read the audio file" in reasons["text.wav"] and set(reasons) >= {"nothing.m4a"}

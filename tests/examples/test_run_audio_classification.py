@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, SwinConfig, SwinModel
 
@@ -695,6 +696,27 @@ class TestClips:
         data_args.eval_split_name = "dev"
         with pytest.raises(ValueError, match=r"no split 'dev', only \['train', 'test'\]"):
             script.load_clips(data_args, model_args, args)
+
+    @pytest.mark.parametrize(
+        ("given", "flags", "splits"),
+        [
+            (["train", "balanced_train"], ["--do_train", "--eval_strategy", "no"], ["train"]),
+            (["validation", "test"], ["--do_eval", "--model_name_or_path", "x"], ["test", "validation"]),
+            (["train", "validation", "test"], ["--do_train"], ["train", "test", "validation"]),
+            (["train", "validation", "test"], ["--do_train", "--eval_split_name", "validation"], ["train", "test"]),
+            (["validation", "test"], ["--do_train"], "Every fold or split is held out"),
+            (["train", "balanced_train"], ["--do_train"], "Nothing is held out"),
+        ],
+    )
+    def test_splits_that_are_not_needed_may_be_missing(self, script, tmp_path, given, flags, splits):
+        clips = Dataset.from_dict({"audio": ["a.wav"], "label": [0]})
+        loaded = DatasetDict(dict.fromkeys(given, clips))
+        _, data_args, args = script.parse_arguments(["--data", "x", "--output_dir", str(tmp_path), *flags])
+        if isinstance(splits, str):
+            with pytest.raises(ValueError, match=splits):
+                script._split(loaded, data_args, args)
+        else:
+            assert list(script._split(loaded, data_args, args)) == splits
 
 
 class TestLabels:

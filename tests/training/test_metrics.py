@@ -125,6 +125,7 @@ def test_probabilities():
     logits = np.array([[0.0, math.log(3.0)], [-1000.0, 1000.0]])
     np.testing.assert_allclose(probabilities(logits, SINGLE), [[0.25, 0.75], [0, 1]], atol=1e-12)
     np.testing.assert_allclose(probabilities(logits, MULTI), [[0.5, 0.75], [0, 1]], atol=1e-12)
+    assert 0 < probabilities([-40.0], MULTI) < 1e-17  # still ranked
 
 
 def test_works_without_a_network(tmp_path):

@@ -137,6 +137,7 @@ def test_folds_come_apart_and_together():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("", "no score file"),
         ("clip,dog\na,1\n", "no score file"),
         ("path,label\na,dog\n", "no score file"),
         ("path,dog\na,1\na,0\n", "clips more than once: a"),
@@ -144,10 +145,17 @@ def test_folds_come_apart_and_together():
         ("path,dog\na,high\n", "not a number"),
         ("path,dog\na,1\nb,-2.5\n", "row 3 has a score outside of"),
         ("path,dog\na,nan\n", "row 2 has a score outside of"),
-        ("path,dog\na,1,1\n", "row 2 has 3 cells, not the 2"),
+        ("path,dog\n\na,1,1\n", "row 3 has 3 cells, not the 2"),
+        ("path,fold,dog\na,,1\n", "scores.csv: fold '' is not an integer"),
+        ("path,dog\ncaf\xe9,1\n", "scores.csv is not UTF-8"),
     ],
 )
 def test_bad_files(text, message, tmp_path):
-    (tmp_path / "scores.csv").write_text(text)
+    (tmp_path / "scores.csv").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         read_scores(tmp_path / "scores.csv")
+
+
+def test_an_empty_line_is_no_clip(tmp_path):
+    (tmp_path / "scores.csv").write_text("path,dog\na,1\n\n")
+    assert read_scores(tmp_path / "scores.csv").paths == ["a"]

@@ -1,11 +1,10 @@
 """Reader of AudioSet: segment tables, the index of its 527 labels, and a folder of clips of which some are missing."""
 
-import os
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from ..audio import AUDIO_SUFFIXES
+from ..audio import audio_files
 from .tables import build_dataset, keep_found, read_lines, read_rows, refuse_duplicates, some
 
 INDEX = "class_labels_indices.csv"
@@ -101,12 +100,8 @@ def _refuse_overlap(segments: dict[str, list[Segment]]) -> None:
 def _find_clips(folder: Path) -> dict[str, Path]:
     """All audio files below the folder by name without suffix; where two share it, the first in alphabetic order."""
     clips = {}
-    for root, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in AUDIO_SUFFIXES:
-                clips.setdefault(stem, Path(root, name))
+    for path in audio_files(folder):
+        clips.setdefault(path.stem, path)
     return clips
 
 

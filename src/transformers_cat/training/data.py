@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import datasets
@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, List
 
-from ..audio import AUDIO_SUFFIXES, UnknownFormatError, check_rates, load_audio, read_audio
+from ..audio import AUDIO_SUFFIXES, UnknownFormatError, audio_files, check_rates, load_audio, read_audio
 from ..configuration_cat import SAMPLING_RATE
 from .audioset import INDEX, read_audioset
 from .tables import (
@@ -482,14 +482,14 @@ def _split_folders(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{splits[split]} and {entry} are both for the split {split}; put their clips into one")
         else:
             splits[split] = entry
-    if splits and any(True for other in others for _ in _audio_files(other)):
+    if splits and any(True for other in others for _ in audio_files(other)):
         return {}
     return {split: splits[split] for split in SPLIT_FOLDERS if split in splits}
 
 
 def _labelled_files(root: Path) -> list[tuple[Path, str]]:
     """(audio file, name of its class folder); class folders without any are named in a warning."""
-    files = {folder.name: sorted(_audio_files(folder)) for folder in _sub_folders(root)}
+    files = {folder.name: sorted(audio_files(folder)) for folder in _sub_folders(root)}
     empty = [name for name, found in files.items() if not found]
     if empty:
         logger.warning("%d folders in %s hold no audio file and are no class: %s", len(empty), root, some(empty))
@@ -498,21 +498,6 @@ def _labelled_files(root: Path) -> list[tuple[Path, str]]:
 
 def _sub_folders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _audio_files(folder: Path) -> Iterator[Path]:
-    """The audio files at any depth. Links are followed, but no folder is entered twice, by which way ever."""
-    entered = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in entered else sorted(folders)
-        if real not in entered:
-            yield from (
-                Path(root, name)
-                for name in files
-                if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES and not name.startswith(".")
-            )
-        entered.add(real)
 
 
 def _with_utf8_names(

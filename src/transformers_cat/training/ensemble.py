@@ -6,10 +6,10 @@ from datasets import Dataset
 from transformers import AudioClassificationPipeline
 
 from .data import decode_audio
-from .metrics import PROBLEM_TYPES
+from .metrics import MULTI_LABEL, SINGLE_LABEL
 from .scores import Scores
 
-_FUNCTIONS = dict(zip(PROBLEM_TYPES, ("softmax", "sigmoid")))
+_FUNCTIONS = {SINGLE_LABEL: "softmax", MULTI_LABEL: "sigmoid"}
 _PANN_RATE = 32_000  # Hz
 _PANN_SHORTEST = 32 * 320  # samples: CNN14 halves the time axis five times, and a frame is 320 samples
 
@@ -26,14 +26,16 @@ def pipeline_scores(
         batch_size: of the model. 1, the default, is exact for every model; some see the padding of a batch.
 
     Raises:
-        ValueError: the model gives two classes the same name.
+        ValueError: the model gives two classes the same name, or is one for regression.
     """
     config = classifier.model.config
     names = [config.id2label[i] for i in range(config.num_labels)]
     if len(set(names)) < len(names):
         raise ValueError(f"{config.name_or_path} has classes of the same name: name them apart in its id2label")
     # Said explicitly, since the pipeline takes a softmax in any case before transformers 5.23.
-    function = _FUNCTIONS[config.problem_type or problem_type]
+    function = _FUNCTIONS.get(config.problem_type or problem_type)
+    if function is None:
+        raise ValueError(f"{config.name_or_path} gives no probabilities: its problem type is {config.problem_type!r}")
     rate = classifier.feature_extractor.sampling_rate
     decoded = decode_audio(dataset, rate)
     clips = ({"raw": decoded[i]["audio"], "sampling_rate": rate} for i in range(len(decoded)))

@@ -6,11 +6,10 @@ import datasets
 import evaluate
 import numpy as np
 from datasets import Value
-from scipy.special import ndtri
-from scipy.special import softmax as _softmax
+from scipy.special import expit, ndtri, softmax
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
+SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 
 
 class _LocalMetric(evaluate.Metric):
@@ -95,20 +94,20 @@ def compute_metrics_for(problem_type: str) -> Callable:
     """
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"problem_type is one of {PROBLEM_TYPES}, not {problem_type!r}")
-    return _single_label_metrics if problem_type == PROBLEM_TYPES[0] else _multi_label_metrics
+    return _single_label_metrics if problem_type == SINGLE_LABEL else _multi_label_metrics
 
 
 def main_metric(problem_type: str) -> str:
     """The metric by which models of a problem type are compared."""
-    return "accuracy" if problem_type == PROBLEM_TYPES[0] else "mAP"
+    return "accuracy" if problem_type == SINGLE_LABEL else "mAP"
 
 
 def probabilities(logits: np.ndarray, problem_type: str) -> np.ndarray:
     """Class probabilities (n, C) of logits (n, C): softmax for one label per clip, sigmoid for several."""
     logits = np.asarray(logits, dtype=np.float64)
-    if problem_type == PROBLEM_TYPES[0]:
-        return _softmax(logits, axis=-1)
-    return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
+    if problem_type == SINGLE_LABEL:
+        return softmax(logits, axis=-1)
+    return expit(logits)
 
 
 def _single_label_metrics(prediction) -> dict[str, float]:

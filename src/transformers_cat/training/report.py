@@ -1,13 +1,12 @@
 """What a run leaves behind for people: curves, scores, a confusion matrix, and all that is needed to repeat it."""
 
 import argparse
-import csv
 import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 from .data import is_multi_label, label_names
-from .metrics import PROBLEM_TYPES
+from .metrics import SINGLE_LABEL
 from .scores import Scores, clip_names, write_scores
+from .tables import write_rows
 
 PACKAGES = (
     "transformers-cat",
@@ -143,14 +143,14 @@ def write_predictions(scores: Scores, problem_type: str, folder: str | Path) -> 
 
     Args:
         scores: probabilities of the clips.
-        problem_type: one of `PROBLEM_TYPES`.
+        problem_type: one of `metrics.PROBLEM_TYPES`.
         folder: existing folder to write to.
     """
     folder = Path(folder)
     write_scores(scores, folder / "predictions.csv")
     per_class = per_class_scores(scores, problem_type)
     write_rows(folder / "per_class.csv", list(per_class[0]), [row.values() for row in per_class])
-    if problem_type == PROBLEM_TYPES[0]:
+    if problem_type == SINGLE_LABEL:
         labels, predicted = scores.targets().argmax(axis=1), scores.values.argmax(axis=1)
         plot_confusion_matrix(labels, predicted, scores.names, folder / "confusion_matrix.png")
         counts = confusion_matrix(labels, predicted, labels=range(len(scores.names))).tolist()
@@ -167,7 +167,7 @@ def per_class_scores(scores: Scores, problem_type: str) -> list[dict]:
     for i, name in enumerate(scores.names):
         positive = targets[:, i] == 1
         row = {"class": name, "clips": int(positive.sum())}
-        if problem_type == PROBLEM_TYPES[0]:
+        if problem_type == SINGLE_LABEL:
             row["accuracy"] = float((predicted[positive] == i).mean()) if positive.any() else None
         column = scores.values[:, i]
         row["average_precision"] = float(average_precision_score(positive, column)) if positive.any() else None
@@ -193,15 +193,6 @@ def write_history(log_history: Sequence[dict], path: str | Path) -> Path:
             epochs.setdefault(entry["epoch"], {}).update(entry)
     keys = list(dict.fromkeys(["epoch", "step", *(key for entry in epochs.values() for key in entry)]))
     return write_rows(path, keys, [[epochs[epoch].get(key) for key in keys] for epoch in sorted(epochs)])
-
-
-def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> Path:
-    """Write a CSV file; None is an empty cell."""
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
-    return Path(path)
 
 
 def write_json(path: str | Path, content: dict) -> Path:

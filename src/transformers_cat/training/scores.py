@@ -5,7 +5,6 @@ A score file has one clip per row. Its first column is `path`; `fold`, `label` (
 not read. A file made by any other program can take part if it has `path` and the classes.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from datasets import Dataset, Value
 from transformers import EvalPrediction
 
 from .data import LABEL_SEPARATOR, label_names
-from .metrics import PROBLEM_TYPES, compute_metrics_for
+from .metrics import MULTI_LABEL, SINGLE_LABEL, compute_metrics_for
+from .tables import integer, read_lines, some, write_rows
 
 _LEADING = ("path", "fold", "label", "predicted", "probability")
-_LISTED = 5  # an error names this many, then counts
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Scores:
     @property
     def problem_type(self) -> str:
         """Multi-label if a clip has several labels, or none."""
-        return PROBLEM_TYPES[any(len(row) != 1 for row in self._known_labels())]
+        return MULTI_LABEL if any(len(row) != 1 for row in self._known_labels()) else SINGLE_LABEL
 
     def targets(self) -> np.ndarray:
         """True classes as 0 and 1, (n, C).
@@ -67,7 +66,7 @@ class Scores:
         position = {name: i for i, name in enumerate(self.names)}
         unknown = sorted({name for row in self._known_labels() for name in row} - position.keys())
         if unknown:
-            raise ValueError(f"The clips have labels that are no class of the scores: {_listed(unknown)}")
+            raise ValueError(f"The clips have labels that are no class of the scores: {some(unknown)}")
         targets = np.zeros(self.values.shape, dtype=np.int64)
         for i, row in enumerate(self.labels):
             targets[i, [position[name] for name in row]] = 1
@@ -76,12 +75,12 @@ class Scores:
     def metrics(self, problem_type: str) -> dict[str, float]:
         """What `compute_metrics_for` gives for these scores."""
         targets = self.targets()
-        if problem_type == PROBLEM_TYPES[0]:
+        if problem_type == SINGLE_LABEL:
             several = [path for path, row in zip(self.paths, self.labels) if len(row) != 1]
             if several:
                 raise ValueError(
-                    f"Accuracy needs clips with one label each, but not so: {_listed(several)}; "
-                    f"use the problem type {PROBLEM_TYPES[1]}"
+                    f"Accuracy needs clips with one label each, but not so: {some(several)}; "
+                    f"use the problem type {MULTI_LABEL}"
                 )
             targets = targets.argmax(axis=1)
         return compute_metrics_for(problem_type)(EvalPrediction(predictions=self.values, label_ids=targets))
@@ -134,12 +133,9 @@ def write_scores(scores: Scores, path: str | Path) -> Path:
     clip_columns["predicted"] = [scores.names[i] for i in best]
     clip_columns["probability"] = [f"{row[i]:.7g}" for row, i in zip(scores.values, best)]
     clip_columns = {name: cells for name, cells in clip_columns.items() if cells is not None}
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*clip_columns, *scores.names])
-        for cells, row in zip(zip(*clip_columns.values()), scores.values):
-            writer.writerow([*cells, *(f"{value:.7g}" for value in row)])
-    return Path(path)
+    rows = zip(zip(*clip_columns.values()), scores.values)
+    rows = ([*cells, *(f"{value:.7g}" for value in row)] for cells, row in rows)
+    return write_rows(path, [*clip_columns, *scores.names], rows)
 
 
 def read_scores(path: str | Path) -> Scores:
@@ -147,22 +143,23 @@ def read_scores(path: str | Path) -> Scores:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it has no column `path` or no class, a clip or class twice, or a score that is no probability.
+        ValueError: it is no table in UTF-8, has no column `path` or no class, a clip or class twice, or a score that is
+            no probability.
     """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        header, *rows = csv.reader(file)
+    (_, header), *lines = list(read_lines(Path(path))) or [(1, [])]
     leading = _leading(header)
     names = header[len(leading) :]
-    if "path" not in leading or not names or not rows:
+    if "path" not in leading or not names or not lines:
         raise ValueError(f"{path} is no score file: it needs a first column `path`, a column per class, and clips")
-    for number, row in enumerate(rows, start=2):  # line 1 is the header
+    for line, row in lines:
         if len(row) != len(header):
-            raise ValueError(f"{path}, row {number} has {len(row)} cells, not the {len(header)} of the header")
+            raise ValueError(f"{path}, row {line} has {len(row)} cells, not the {len(header)} of the header")
+    numbers, rows = zip(*lines)
     columns = {name: [row[i] for row in rows] for i, name in enumerate(leading)}
     for what, items in (("clips", columns["path"]), ("classes", names)):
         twice = [item for item, count in Counter(items).items() if count > 1]
         if twice:
-            raise ValueError(f"{path} has {what} more than once: {_listed(twice)}")
+            raise ValueError(f"{path} has {what} more than once: {some(twice)}")
     try:
         values = np.array([row[len(leading) :] for row in rows], dtype=np.float64)
     except ValueError as error:
@@ -170,7 +167,8 @@ def read_scores(path: str | Path) -> Scores:
     bad = np.flatnonzero(~((values >= 0) & (values <= 1)).all(axis=1))
     if len(bad):
         raise ValueError(
-            f"{path}, row {bad[0] + 2} has a score outside of [0, 1]: write probabilities, not logits, to be averaged"
+            f"{path}, row {numbers[bad[0]]} has a score outside of [0, 1]: write probabilities, not logits, to be "
+            "averaged"
         )
     labels, folds = columns.get("label"), columns.get("fold")
     return Scores(
@@ -178,7 +176,7 @@ def read_scores(path: str | Path) -> Scores:
         names=names,
         values=values,
         labels=None if labels is None else [[n for n in cell.split(LABEL_SEPARATOR) if n] for cell in labels],
-        folds=None if folds is None else [int(fold) for fold in folds],
+        folds=None if folds is None else [integer(fold, "fold", Path(path)) for fold in folds],
     )
 
 
@@ -246,8 +244,8 @@ def _columns(scores: Scores, names: Sequence[str]) -> np.ndarray:
 def _refuse_difference(what: str, expected: Sequence[str], got: Sequence[str], between: str) -> None:
     lacking, extra = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
     if lacking or extra:
-        parts = [f"{len(lacking)} lacking: {_listed(lacking)}"] if lacking else []
-        parts += [f"{len(extra)} more: {_listed(extra)}"] if extra else []
+        parts = [f"{len(lacking)} lacking: {some(lacking)}"] if lacking else []
+        parts += [f"{len(extra)} more: {some(extra)}"] if extra else []
         raise ValueError(f"The {what} of {between}, differ: {'; '.join(parts)}. Only scores of the same can be joined")
 
 
@@ -262,7 +260,7 @@ def _refuse_other_labels(labelled: dict[str, Scores]) -> None:
             if set(own) != set(other)
         ]
         if differ:
-            raise ValueError(f"{first_name} and {name} give clips other labels: {_listed(differ)}")
+            raise ValueError(f"{first_name} and {name} give clips other labels: {some(differ)}")
 
 
 def _leading(header: list[str]) -> list[str]:
@@ -271,8 +269,3 @@ def _leading(header: list[str]) -> list[str]:
     while end < len(header) and header[end] in _LEADING and header[end] not in header[:end]:
         end += 1
     return header[:end]
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = len(items) - _LISTED
-    return ", ".join(items[:_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -11,6 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,10 @@ def write_shard(dataset: Dataset, path: Path, sampling_rate: int) -> dict[str, s
     schema = Features({**dataset.features, "audio": Audio(sampling_rate, decode=False)}).arrow_schema
     partial = path.with_suffix(".partial")
     skipped: dict[str, str] = {}
+    rows = _encoded_rows(dataset, sampling_rate, skipped)
     with pyarrow.OSFile(str(partial), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-        for rows in _in_groups(_encoded_rows(dataset, sampling_rate, skipped)):
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+        while group := list(islice(rows, ROWS_PER_WRITE)):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(group, schema=schema))
     path.with_suffix(".skipped.json").write_text(json.dumps(skipped, indent=1), encoding="utf-8")
     os.replace(partial, path)
     return skipped
@@ -98,14 +100,3 @@ def _flac(waveform: np.ndarray, sampling_rate: int) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, waveform.clip(-1, 1), sampling_rate, format="FLAC", subtype="PCM_16")
     return file.getvalue()
-
-
-def _in_groups(rows: Iterator[dict]) -> Iterator[list[dict]]:
-    group = []
-    for row in rows:
-        group.append(row)
-        if len(group) == ROWS_PER_WRITE:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -40,7 +40,7 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
     The csv module reads them: pandas' large strings cannot be cast to `datasets.Audio`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; is its folder the root of the data set?")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
@@ -53,6 +53,15 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
         ) from error
     except csv.Error as error:
         raise ValueError(f"{path} is not a CSV table: {error}") from error
+
+
+def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Iterable]) -> Path:
+    """Write a CSV file; None is an empty cell."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return Path(path)
 
 
 def existing(paths: Sequence[Path], on_missing: str, missing: list[str] | None = None) -> list[int]:

@@ -177,7 +177,8 @@ class AudioTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
-        if self.args.world_size > 1 and output.predictions is not None and output.label_ids is not None:
+        known = output.predictions is not None and output.label_ids is not None
+        if self.args.world_size > 1 and known and hasattr(self.model, "loss_function"):
             # The mean over batches counts the clips that fill up the last one.
             predictions = output.predictions
             logits = torch.from_numpy(predictions[0] if isinstance(predictions, tuple) else predictions)
