@@ -29,7 +29,7 @@ from transformers import AutoConfig
 
 import transformers_cat  # noqa: F401  registers the configuration with transformers
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
-from transformers_cat.training.report import plot_means, write_json
+from transformers_cat.training.report import plot_means, write_results
 from transformers_cat.training.tables import write_rows
 
 WITHOUT_CAUSAL = {"causal_loss_weight": 0, "reconstruction_loss_weight": 0}
@@ -155,8 +155,7 @@ def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
     notes = " ".join(dict.fromkeys(summary["note"] for summary in summaries))
     figures = {row: {column: kept(summary) for column, summary in own.items()} for row, own in results.items()}
     text = f"{table(figures)}\n{label}; mean ± standard deviation between {deviation_of}. {notes}\n"
-    (output_dir / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(output_dir, figures, text)
     header = ["row", "column", "mean", "deviation", "deviation_of", "loss"]
     rows = [
         [row, column, one["mean"], one["deviation"], deviation_of, one.get("loss")]
@@ -164,7 +163,6 @@ def write_table(results: dict[str, dict[str, dict]], output_dir: Path) -> None:
         for column, one in own.items()
     ]
     write_rows(output_dir / "table.csv", header, rows)
-    write_json(output_dir / "results.json", figures)
     means = {
         row: {column: (one["mean"], one["deviation"]) for column, one in own.items()} for row, own in figures.items()
     }

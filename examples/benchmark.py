@@ -13,7 +13,6 @@ takes some eight minutes on two cores.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -25,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import transformers
@@ -47,9 +45,8 @@ from transformers import (
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification
 from transformers_cat.linear import make_plain
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from transformers_cat.training.protocol import markdown_table
+from transformers_cat.training.report import new_figure, write_json
 
 CLASSES = 50
 SECONDS = 10
@@ -211,7 +208,8 @@ def quantisation(budget: float) -> dict[str, float]:
     """Time of 8-bit linear layers over float32's, one clip, and how often both name the same class for noise."""
     plain, int8, features = trained("CAT"), quantised(), inputs("CAT", 16)
     with torch.no_grad():
-        times = alternate({BASELINE: lambda: plain(features[:1]), "int8": lambda: int8(features[:1])}, budget, {})
+        steps = {"float32": lambda: plain(features[:1]), "int8": lambda: int8(features[:1])}
+        times = alternate(steps, budget, "float32")
         labels = [torch.cat([model(clip[None]).logits.argmax(-1) for clip in features]) for model in (plain, int8)]
     return {"ratio": times["int8"]["ratio"], "agreement": (labels[0] == labels[1]).float().mean().item()}
 
@@ -243,32 +241,35 @@ def batch_of(task: str, name: str) -> int:
     return 1 if name == "AST" and make is not front_end else batch_size
 
 
-def alternate(steps: dict[str, Callable], budget: float, clips: dict[str, int]) -> dict[str, dict[str, float]]:
+def alternate(
+    steps: dict[str, Callable], budget: float, baseline: str = BASELINE, clips: dict[str, int] | None = None
+) -> dict[str, dict[str, float]]:
     """Median seconds for a clip, and median ratio to the baseline, of steps that take turns for `budget` seconds.
 
-    The first round warms up and is not counted, except for a step that takes a fifth of the budget: it gets no other.
+    A step is for one clip, or for as many as `clips` says. The first round warms up and is not counted, except for a
+    step that takes a fifth of the budget: it gets no other.
     """
     times = {name: [] for name in steps}
     once = set()
     begin = time.perf_counter()
-    while len(times[BASELINE]) < 2 or time.perf_counter() - begin < budget:
+    while len(times[baseline]) < 2 or time.perf_counter() - begin < budget:
         for name, step in steps.items():
             if name in once:
                 continue
             start = time.perf_counter()
             step()
             elapsed = time.perf_counter() - start
-            times[name].append(elapsed / clips.get(name, 1))
-            if name != BASELINE and len(times[name]) == 1 and elapsed > budget / 5:
+            times[name].append(elapsed / (clips or {}).get(name, 1))
+            if name != baseline and len(times[name]) == 1 and elapsed > budget / 5:
                 once.add(name)
     times = {name: values if name in once else values[1:] for name, values in times.items()}
-    typical = statistics.median(times[BASELINE])
+    typical = statistics.median(times[baseline])
     return {
         name: {
             "seconds": statistics.median(values),
             "ratio": values[0] / typical
             if name in once
-            else statistics.median(a / b for a, b in zip(values, times[BASELINE])),
+            else statistics.median(a / b for a, b in zip(values, times[baseline])),
             "rounds": len(values),
         }
         for name, values in times.items()
@@ -318,42 +319,44 @@ def operations(step: Callable) -> int:
     return counter.get_total_flops()
 
 
-def table(results: dict) -> list[str]:
-    """The lines of table.md."""
-    lines = ["| what | " + " | ".join(MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
-    for task, cells in results["time"].items():
-        row = [
-            f"{1e3 * cells[name]['seconds']:.0f} ms ({cells[name]['ratio']:.2f})" + "*" * (cells[name]["rounds"] == 1)
-            if name in cells
-            else ""
-            for name in MODELS
-        ]
-        lines.append(f"| {task}, a clip | " + " | ".join(row) + " |")
-    for task, cells in results["memory"].items():
-        row = [f"{cells[name] / 2**20:.0f} MiB" if name in cells else "" for name in MODELS]
-        lines.append(f"| memory, {task} | " + " | ".join(row) + " |")
-    for what, scale, unit in (("flops", 1e9, "GFLOP"), ("parameters", 1e6, "M")):
-        row = [f"{results[what][name] / scale:.1f} {unit}" if name in results[what] else "" for name in MODELS]
-        lines.append(f"| {what} | " + " | ".join(row) + " |")
-    lines += ["", "| CAT, waveform to logits | time | memory |", "| --- | --- | --- |"]
-    for seconds, cost in results["length"].items():
-        lines.append(f"| {seconds} s of audio | {cost['seconds']:.2f} s | {cost['bytes'] / 2**20:.0f} MiB |")
-    lines += ["", "*: timed once. AST sees one clip at a time, for memory too."]
+def table(results: dict) -> str:
+    """The content of table.md."""
+
+    def cells(values: dict, text: Callable) -> list[str]:
+        return [text(values[name]) if name in values else "" for name in MODELS]
+
+    def time_of(cell: dict) -> str:
+        return f"{1e3 * cell['seconds']:.0f} ms ({cell['ratio']:.2f})" + "*" * (cell["rounds"] == 1)
+
+    rows = [[f"{task}, a clip", *cells(own, time_of)] for task, own in results["time"].items()]
+    for task, own in results["memory"].items():
+        rows.append([f"memory, {task}", *cells(own, lambda size: f"{size / 2**20:.0f} MiB")])
+    rows.append(["flops", *cells(results["flops"], lambda count: f"{count / 1e9:.1f} GFLOP")])
+    rows.append(["parameters", *cells(results["parameters"], lambda count: f"{count / 1e6:.1f} M")])
+    lengths = [
+        [f"{seconds} s of audio", f"{cost['seconds']:.2f} s", f"{cost['bytes'] / 2**20:.0f} MiB"]
+        for seconds, cost in results["length"].items()
+    ]
+    parts = [
+        markdown_table(["what", *MODELS], rows),
+        markdown_table(["CAT, waveform to logits", "time", "memory"], lengths),
+        "*: timed once. AST sees one clip at a time, for memory too.\n",
+    ]
     if results["int8"]:
-        lines += [
-            "",
+        parts.append(
             f"CAT with 8-bit linear layers: {results['int8']['ratio']:.2f} times the time of float32, the same top "
-            f"label for {100 * results['int8']['agreement']:.0f} % of 16 inputs.",
-        ]
-    return lines
+            f"label for {100 * results['int8']['agreement']:.0f} % of 16 inputs.\n"
+        )
+    return "\n".join(parts)
 
 
 def write(results: dict, folder: Path) -> None:
     """table.md, benchmark.png"""
-    (folder / "table.md").write_text("\n".join(table(results)) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
     if not results["time"]:
         return
-    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
+    axis = figure.subplots()
     width = 0.8 / len(MODELS)
     for index, name in enumerate(MODELS):
         ratios = [cells.get(name, {}).get("ratio", 0) for cells in results["time"].values()]
@@ -364,7 +367,6 @@ def write(results: dict, folder: Path) -> None:
     axis.set_ylabel(f"time over that of {BASELINE}")
     axis.legend()
     figure.savefig(folder / "benchmark.png", dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -395,7 +397,7 @@ def main() -> None:
     def record(what: str, values: dict) -> None:
         """Writes what is known so far: whoever stops the run keeps it."""
         results[what].update(values)
-        (args.output_dir / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_json(args.output_dir / "results.json", results)
         write(results, args.output_dir)
         print(what, values, flush=True)
 
@@ -410,10 +412,10 @@ def main() -> None:
         make, _, names = TASKS[task]
         clips = {name: batch_of(task, name) for name in names}
         steps = {name: make(name, clips[name]) for name in names}
-        record("time", {task: alternate(steps, args.budget, clips)})
+        record("time", {task: alternate(steps, args.budget, clips=clips)})
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: load(name, Path(folder)) for name in MODELS}
-        record("time", {"from_pretrained": alternate(steps, args.budget, {})})
+        record("time", {"from_pretrained": alternate(steps, args.budget)})
     record("int8", quantisation(args.budget))
     for name in MODELS:
         record("flops", {name: operations(forward(name, 1))})

@@ -20,7 +20,7 @@ import torch
 
 from transformers_cat import CATConfig, CATForAudioClassification
 from transformers_cat.training.protocol import markdown_table
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import write_results
 
 CONFIG = Path(__file__).parents[1] / "model_cards" / "cat-tiny"
 FRAMES = 1000
@@ -114,10 +114,7 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch_size}")
     results = measure(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "results.json", results)
-    (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+    write_results(args.output_dir, results, table(results))
 
 
 if __name__ == "__main__":

@@ -20,16 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from transformers import Trainer, TrainingArguments, set_seed
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, load_audio
 from transformers_cat.causal import conditional_pns
 from transformers_cat.training import label_names, read_esc50, read_urbansound8k
+from transformers_cat.training.probe import linear_probe
 from transformers_cat.training.protocol import markdown_table
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import write_results
 
 FRAME_SHIFT = 1280  # samples: 40 ms, a quarter of the frames, since many models are trained
 SIZE = {
@@ -53,7 +51,6 @@ for estimator in ("interventional", "closed_form"):
             **OFF,
             "causal_loss_weight": weight,
             "causal_estimator": estimator,
-            "causal_reduction": "mean",
         }
     # The mean over the features makes a gradient small: a weight near their number is the sum of eq. 8.
     for weight in (30.0, 100.0):
@@ -137,14 +134,8 @@ def accuracy(model: CATForAudioClassification, features: torch.Tensor, labels: n
 
 def probe(model: CATForAudioClassification, features: torch.Tensor, corpus: Corpus) -> float:
     """Mean accuracy over the folds of a linear classifier of Z."""
-    latents = embed(model, features).numpy()
-    scores = []
-    for fold in sorted(set(corpus.folds.tolist())):
-        held_out = corpus.folds == fold
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        classifier.fit(latents[~held_out], corpus.labels[~held_out])
-        scores.append(classifier.score(latents[held_out], corpus.labels[held_out]))
-    return float(np.mean(scores))
+    scores = linear_probe(embed(model, features).numpy(), corpus.labels, corpus.folds)
+    return float(np.mean(list(scores.values())))
 
 
 def spurious(corpora: dict, settings: list[tuple[str, int]], args):
@@ -242,9 +233,7 @@ def main() -> None:
                 file.write(json.dumps(run) + "\n")
             print(f"{question:32} {variant:30} seed {seed}: accuracy {score:.3f}, mean PNS {pns:.4f}", flush=True)
     results = accuracies(runs)
-    write_json(args.output_dir / "results.json", results)
-    (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+    write_results(args.output_dir, results, table(results))
 
 
 if __name__ == "__main__":

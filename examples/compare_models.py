@@ -20,7 +20,7 @@ from peers import PEERS, write_peer
 from transformers import AutoConfig, AutoModelForAudioClassification
 
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
-from transformers_cat.training.report import plot_means, remember, write_json
+from transformers_cat.training.report import plot_means, remember, write_results
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -115,10 +115,7 @@ def main(argv: list[str] | None = None) -> dict:
     path = args.output_dir / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results |= {model: measure(model, args, flags) for model in args.models}
-    write_json(path, results)
-    text = table(results)
-    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    write_results(args.output_dir, results, table(results))
     means = {model: {"accuracy": (own["mean"], own["deviation"])} for model, own in results.items()}
     plot_means(means, args.output_dir / "table.png", "accuracy, %")
     return results

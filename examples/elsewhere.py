@@ -21,7 +21,7 @@ from transformers import pipeline
 
 from transformers_cat.training import decode_audio, label_names, load_audio_dataset, without_only_split
 from transformers_cat.training.protocol import markdown_table
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import write_results
 
 ANSWERS_SHOWN = 3  # beside the expected one
 
@@ -105,11 +105,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, int]]]:
         str(runs): [answers(model, clips, args.expected, args.feature_extractor_overrides) for model in models(runs)]
         for runs in args.runs
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "results.json", {"expected": args.expected, "answers": results})
-    text = table(results, args.expected)
-    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+    kept = {"expected": args.expected, "answers": results}
+    write_results(args.output_dir, kept, table(results, args.expected))
     return results
 
 

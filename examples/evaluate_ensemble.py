@@ -41,7 +41,7 @@ from transformers_cat.training import (
 from transformers_cat.training.ensemble import panns_scores, pipeline_scores
 from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
-from transformers_cat.training.report import data_fingerprint, git_state, write_json
+from transformers_cat.training.report import data_fingerprint, git_state, write_results
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -135,7 +135,7 @@ def measure(scores: Scores, problem_type: str) -> dict:
     return result
 
 
-def results_table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict]) -> str:
     """Markdown: a row for each member and for the ensemble."""
     metrics = list(results["ensemble"]["metrics"])
     folds = "folds" in results["ensemble"]
@@ -160,23 +160,16 @@ def main(argv: list[str] | None = None) -> dict:
     average = average_scores(members)
     problem_type = args.problem_type or average.problem_type
     results = {name: measure(scores, problem_type) for name, scores in {**members, "ensemble": average}.items()}
-    table = results_table(results)
-    print(table)
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    kept = {
+        "results": results,
+        "problem_type": problem_type,
+        "arguments": vars(args),
+        "fingerprint": None if clips is None else data_fingerprint(clips),
+        "environment": environment(),
+        "git": git_state(),
+    }
+    write_results(args.output_dir, kept, table(results))
     write_predictions(average, problem_type, args.output_dir)
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    write_json(
-        args.output_dir / "results.json",
-        {
-            "results": results,
-            "problem_type": problem_type,
-            "arguments": vars(args),
-            "fingerprint": None if clips is None else data_fingerprint(clips),
-            "environment": environment(),
-            "git": git_state(),
-        },
-    )
     return results
 
 

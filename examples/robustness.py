@@ -33,7 +33,7 @@ from transformers_cat.training import (
 )
 from transformers_cat.training.metrics import SINGLE_LABEL, probabilities
 from transformers_cat.training.protocol import markdown_table, per_cent
-from transformers_cat.training.report import write_json
+from transformers_cat.training.report import write_results
 from transformers_cat.training.scores import Scores
 
 
@@ -133,10 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     results = {
         runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, changed) for runs in args.runs
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "results.json", results)
-    (args.output_dir / "table.md").write_text(table(results), encoding="utf-8")
-    print(table(results))
+    write_results(args.output_dir, results, table(results))
     return results
 
 

@@ -14,25 +14,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import ablate
+import benchmark
+import benchmark_gpu
+import causal_cost
+import causal_experiment
+import compare_models
+import cross_validate
+import robustness
+
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
-
-
-def cross_validation(summary: dict) -> str:
-    """The table of cross_validate.py."""
-    import cross_validate
-
-    return cross_validate.table(summary)
-
-
-def comparison(results: dict) -> str:
-    """The models of a `results.json` of compare_models.py."""
-    import compare_models
-
-    return compare_models.table(results)
+SUMMARY = {"seeds", "mean", "deviation"}
+TRANSFER = {"linear probe", "fine-tuned"}
 
 
 def transfer(summary: dict) -> str:
@@ -65,74 +62,32 @@ def one_run(results: dict) -> str:
     return markdown_table(["training clips", "test clips", "epochs", "accuracy, %"], rows)
 
 
-def ablation(results: dict) -> str:
-    """The table of ablate.py."""
-    import ablate
-
-    return ablate.table(results)
-
-
-def robustness(results: dict) -> str:
-    """The table of robustness.py."""
-    import robustness
-
-    return robustness.table(results)
-
-
-def benchmark(results: dict) -> str:
-    """The tables of benchmark.py."""
-    import benchmark
-
-    return "\n".join(benchmark.table(results)) + "\n"
-
-
-def benchmark_gpu(results: dict) -> str:
-    """The table of benchmark_gpu.py."""
-    import benchmark_gpu
-
-    return benchmark_gpu.table(results)
-
-
-def cost(results: dict) -> str:
-    """The table of causal_cost.py."""
-    import causal_cost
-
-    return causal_cost.table(results)
-
-
-def experiment(results: dict) -> str:
-    """The table of causal_experiment.py."""
-    import causal_experiment
-
-    return causal_experiment.table(results)
-
-
 # name -> the file that the runs leave, what is kept of it (all: None), how it is shown
 FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
-    "esc10": ("esc10/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10": ("esc10/summary.json", SUMMARY, cross_validate.table),
     "esc10_ensemble": ("esc10_ensemble/results.json", {"results"}, ensemble),
-    "esc10_strided": ("esc10_strided/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_unwhitened": ("esc10_unwhitened/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_adamw": ("esc10_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_12db": ("esc10_12db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "esc10_6db": ("esc10_6db/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
+    "esc10_strided": ("esc10_strided/summary.json", SUMMARY, cross_validate.table),
+    "esc10_unwhitened": ("esc10_unwhitened/summary.json", SUMMARY, cross_validate.table),
+    "esc10_adamw": ("esc10_adamw/summary.json", SUMMARY, cross_validate.table),
+    "esc10_12db": ("esc10_12db/summary.json", SUMMARY, cross_validate.table),
+    "esc10_6db": ("esc10_6db/summary.json", SUMMARY, cross_validate.table),
     "esc10_with_cnn": ("esc10_with_cnn/results.json", {"results"}, ensemble),
-    "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "objective": ("objective/summary.json", {"seeds", "mean", "deviation"}, cross_validation),
-    "compare": ("compare/results.json", None, comparison),
-    "compare_unwhitened": ("compare_unwhitened/results.json", None, comparison),
-    "transfer": ("transfer/summary.json", {"linear probe", "fine-tuned"}, transfer),
-    "transfer_strided": ("transfer_strided/summary.json", {"linear probe", "fine-tuned"}, transfer),
-    "transfer_cnn": ("transfer_cnn/summary.json", {"linear probe", "fine-tuned"}, transfer),
-    "volume": ("volume/results.json", None, robustness),
-    "length": ("length/results.json", None, robustness),
-    "ablation": ("table_e/results.json", None, ablation),
+    "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", SUMMARY, cross_validate.table),
+    "objective": ("objective/summary.json", SUMMARY, cross_validate.table),
+    "compare": ("compare/results.json", None, compare_models.table),
+    "compare_unwhitened": ("compare_unwhitened/results.json", None, compare_models.table),
+    "transfer": ("transfer/summary.json", TRANSFER, transfer),
+    "transfer_strided": ("transfer_strided/summary.json", TRANSFER, transfer),
+    "transfer_cnn": ("transfer_cnn/summary.json", TRANSFER, transfer),
+    "volume": ("volume/results.json", None, robustness.table),
+    "length": ("length/results.json", None, robustness.table),
+    "ablation": ("table_e/results.json", None, ablate.table),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
-    "causal": ("causal/results.json", None, experiment),
-    "cost": ("cost/results.json", None, cost),
-    "benchmark": ("benchmark/results.json", None, benchmark),
-    "benchmark_avx2": ("benchmark_avx2/results.json", None, benchmark),
-    "benchmark_gpu": ("benchmark_gpu/results.json", None, benchmark_gpu),
+    "causal": ("causal/results.json", None, causal_experiment.table),
+    "cost": ("cost/results.json", None, causal_cost.table),
+    "benchmark": ("benchmark/results.json", None, benchmark.table),
+    "benchmark_avx2": ("benchmark_avx2/results.json", None, benchmark.table),
+    "benchmark_gpu": ("benchmark_gpu/results.json", None, benchmark_gpu.table),
 }
 
 

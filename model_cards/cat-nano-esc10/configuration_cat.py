@@ -43,6 +43,11 @@ MRMF_ARGUMENTS = (
 )
 
 
+def mrmf_arguments(owner: Any) -> dict[str, Any]:
+    """The arguments of the front end that a configuration, feature extractor or front end has, by name."""
+    return {name: getattr(owner, name) for name in MRMF_ARGUMENTS}
+
+
 def drop_local_code(owner: Any) -> None:
     """Removes from `owner.auto_map` what names code files beside a configuration: another folder would lack them.
 
@@ -301,7 +306,7 @@ class CATConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of `@strict` validation: values that each have the right type but do not fit together."""
-        validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
+        validate_mrmf(**mrmf_arguments(self))
         self._validate_sizes()
         self._validate_patches()
         self._validate_stages()

@@ -13,7 +13,6 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
-    MRMF_ARGUMENTS,
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
@@ -21,6 +20,7 @@ from .configuration_cat import (
     WINDOW_LENGTHS,
     CATConfig,
     drop_local_code,
+    mrmf_arguments,
     validate_integers,
     validate_mrmf,
     validate_numbers,
@@ -85,33 +85,15 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         return_attention_mask: bool = True,
         **kwargs,
     ):
-        # Before anything is derived from the arguments.
-        validate_mrmf(
-            sampling_rate=sampling_rate,
-            window_lengths=window_lengths,
-            hop_lengths=hop_lengths,
-            frame_shift=frame_shift,
-            filters=filters,
-            num_bins=num_bins,
-            f_min=f_min,
-            f_max=f_max,
-            log_offset=log_offset,
-            normalize_volume=normalize_volume,
-            whitening=whitening,
-        )
         validate_numbers(-1e37, 1e37, padding_value=padding_value)
         kwargs.pop("feature_size", None)
         super().__init__(feature_size=1, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
-        self.window_lengths = list(window_lengths)
-        self.hop_lengths = list(hop_lengths)
-        self.frame_shift = frame_shift
-        self.filters = list(filters)
-        self.num_bins = num_bins
-        self.f_min = f_min
-        self.f_max = f_max
-        self.log_offset = log_offset
-        self.normalize_volume = normalize_volume
-        self.whitening = whitening
+        self.window_lengths, self.hop_lengths, self.frame_shift = window_lengths, hop_lengths, frame_shift
+        self.filters, self.num_bins, self.f_min, self.f_max = filters, num_bins, f_min, f_max
+        self.log_offset, self.normalize_volume, self.whitening = log_offset, normalize_volume, whitening
+        validate_mrmf(**mrmf_arguments(self))
+        # Lists, as JSON has them.
+        self.window_lengths, self.hop_lengths, self.filters = map(list, (window_lengths, hop_lengths, filters))
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
         self._mrmf = None
@@ -119,9 +101,9 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     @property
     def mrmf(self) -> MRMFSpectrogram:
         """The front end for the attributes as they are now, kept until one of them changes."""
-        arguments = {name: getattr(self, name) for name in MRMF_ARGUMENTS}
+        arguments = mrmf_arguments(self)
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-        if self._mrmf is None or arguments != {name: getattr(self._mrmf, name) for name in MRMF_ARGUMENTS}:
+        if self._mrmf is None or arguments != mrmf_arguments(self._mrmf):
             self._mrmf = MRMFSpectrogram(**arguments)
         return self._mrmf
 
@@ -137,7 +119,7 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     @classmethod
     def from_config(cls, config: CATConfig, **kwargs) -> "CATFeatureExtractor":
         """The front end that a model's configuration describes; other arguments as those of the class."""
-        return cls(**{name: getattr(config, name) for name in MRMF_ARGUMENTS}, **kwargs)
+        return cls(**mrmf_arguments(config), **kwargs)
 
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""

@@ -16,12 +16,12 @@ from .configuration_cat import (
     FRAME_SHIFT,
     HOP_LENGTHS,
     LOG_OFFSET,
-    MRMF_ARGUMENTS,
     NORMALIZE_VOLUME,
     NUM_BINS,
     SAMPLING_RATE,
     WHITENING,
     WINDOW_LENGTHS,
+    mrmf_arguments,
     validate_mrmf,
 )
 from .whitening import whitened, whitening_constants
@@ -151,7 +151,7 @@ class MRMFSpectrogram(nn.Module):
         self.window_lengths, self.hop_lengths, self.frame_shift = window_lengths, hop_lengths, frame_shift
         self.filters, self.num_bins, self.f_min, self.f_max = filters, num_bins, f_min, f_max
         self.log_offset, self.normalize_volume, self.whitening = log_offset, normalize_volume, whitening
-        validate_mrmf(**{name: getattr(self, name) for name in MRMF_ARGUMENTS})
+        validate_mrmf(**mrmf_arguments(self))
         constants = self.constants()
         for name, constant in constants.items():
             self.register_buffer(name, torch.from_numpy(constant), persistent=False)

@@ -331,15 +331,14 @@ class CausalModule(nn.Module):
         self.head = _find_head(model) if head is None else head
         if not isinstance(model.get_submodule(self.head), nn.Linear):
             raise ValueError(f"The head '{self.head}' is not a torch.nn.Linear.")
-        if getattr(getattr(model, "config", None), "problem_type", None) == "regression":
+        config = getattr(model, "config", None)
+        if getattr(config, "problem_type", None) == "regression":
             raise ValueError("The causal loss is of classes, and the model's `problem_type` is 'regression'.")
         self.loss_weight = loss_weight
         self.estimator = estimator
         self.num_donors = num_donors
         self.form = form
         self.reduction = reduction
-
-        config = getattr(model, "config", None)
         if multi_label is None:
             kinds = {"single_label_classification": False, "multi_label_classification": True}
             multi_label = kinds.get(getattr(config, "problem_type", None))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
-from .configuration_cat import MRMF_ARGUMENTS, drop_local_code
+from .configuration_cat import drop_local_code
 from .feature_extraction_cat import CATFeatureExtractor
 from .modeling_cat import CATForAudioClassification
 
@@ -106,8 +106,7 @@ def export(
     if format == "onnx":
         _require_onnx()
     exported = ExportedModel(model, attn_implementation="eager" if format == "onnx" else "sdpa")
-    mrmf = {name: getattr(exported.config, name) for name in MRMF_ARGUMENTS}
-    extractor = CATFeatureExtractor(**mrmf, do_mrmf=inputs == "features")
+    extractor = CATFeatureExtractor.from_config(exported.config, do_mrmf=inputs == "features")
     second = extractor.sampling_rate
     program = trace(exported, _batch(extractor, [_noise(second + 1), _noise(second // 2)]))
 

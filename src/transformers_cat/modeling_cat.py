@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns, linear_head
-from .configuration_cat import MRMF_ARGUMENTS, CATConfig, drop_local_code
+from .configuration_cat import CATConfig, drop_local_code, mrmf_arguments
 from .linear import CATLinear, linear, linear_after, make_plain, transformed
 from .mrmf import MRMFSpectrogram
 from .whitening import whitened  # noqa: F401  of mrmf.py; old releases copy what this file itself imports
@@ -868,7 +868,7 @@ class CATModel(CATPreTrainedModel):
 
     def __init__(self, config: CATConfig):
         super().__init__(config)
-        self.mrmf = MRMFSpectrogram(**{name: getattr(config, name) for name in MRMF_ARGUMENTS})
+        self.mrmf = MRMFSpectrogram(**mrmf_arguments(config))
         self.feature_norm = CATBatchNorm(config.feature_size, affine=False)  # a projection follows
         self.embeddings = CATEmbeddings(config)
         blocks = sum(config.depths)

@@ -96,9 +96,12 @@ def parameter_groups(model: PreTrainedModel, decayed: set[str], weight_decay: fl
         for module in model.base_model.modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1)
     }
-    kinds = ((muon, decay) for muon in (True, False) for decay in (weight_decay, 0.0))
-    groups = [{"muon": muon, "weight_decay": decay, "params": []} for muon, decay in kinds]
+    groups = {(muon, decay): [] for muon in (True, False) for decay in (True, False)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[2 * (parameter not in dense) + (name not in decayed)]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+            groups[parameter in dense, name in decayed].append(parameter)
+    return [
+        {"muon": muon, "weight_decay": weight_decay if decay else 0.0, "params": parameters}
+        for (muon, decay), parameters in groups.items()
+        if parameters
+    ]

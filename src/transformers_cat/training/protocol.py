@@ -1,29 +1,15 @@
 """Evaluation protocols: given folds, means over folds and seeds, tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
+from ..cards import DATASETS
 from .scores import clip_names
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What published figures on a data set are about."""
-
-    name: str
-    table: str  # by which its folder is recognised
-    folds: int
-    classes: int
-
-
-BENCHMARKS = (
-    Benchmark("ESC-50", "meta/esc50.csv", folds=5, classes=50),
-    Benchmark("UrbanSound8K", "metadata/UrbanSound8K.csv", folds=10, classes=10),
-)
+BENCHMARKS = (DATASETS["esc50"], DATASETS["urbansound8k"])  # what published figures are about; ESC-10 is a part of one
 
 
 def comparability(data: str | Path | None, tested: Sequence[int], given: Sequence[int], num_classes: int) -> str:
@@ -35,10 +21,10 @@ def comparability(data: str | Path | None, tested: Sequence[int], given: Sequenc
         given: folds of the data.
         num_classes: classes of the data.
     """
-    benchmark = next((known for known in BENCHMARKS if data and (Path(data) / known.table).is_file()), None)
+    benchmark = next((known for known in BENCHMARKS if data and (Path(data) / known.marker).is_file()), None)
     if benchmark is None:
         return f"{len(tested)} of {len(given)} given folds."
-    here, whole = (len(tested), num_classes), (benchmark.folds, benchmark.classes)
+    here, whole = (len(tested), num_classes), (benchmark.folds, benchmark.labels)
     of = f"{here[0]} of {whole[0]} folds and {here[1]} of {whole[1]} classes of {benchmark.name}"
     return f"{of}: {'the whole benchmark' if here == whole else 'not comparable with published figures on all of it'}."
 

@@ -55,7 +55,7 @@ def plot_learning_curves(log_history: Sequence[dict], path: str | Path, metric: 
     curves = {key: _curve(log_history, key) for key in ("loss", "eval_loss", f"eval_{metric}")}
     if not curves["loss"][0] and not curves["eval_loss"][0]:
         raise ValueError("The log history holds neither loss nor eval_loss: train or evaluate before plotting")
-    figure = _figure(7, 6)
+    figure = new_figure(7, 6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
         if curves[key][0]:
@@ -91,7 +91,7 @@ def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str |
     counts = confusion_matrix(labels, predictions, labels=range(len(names)))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.4 * len(names) if len(names) <= _MAX_COUNTED_CLASSES else 2.5 + 0.2 * len(names)
-    figure = _figure(max(side, 5) + 1, max(side, 5))
+    figure = new_figure(max(side, 5) + 1, max(side, 5))
     axes = figure.subplots()
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="share of the class's clips", shrink=0.8)
@@ -119,7 +119,7 @@ def plot_means(values: dict[str, dict[str, tuple[float, float | None]]], path: s
         The path.
     """
     groups, names = list(values), list(next(iter(values.values())))
-    figure = _figure(2 + 1.2 * len(groups) * len(names) ** 0.5, 4)
+    figure = new_figure(2 + 1.2 * len(groups) * len(names) ** 0.5, 4)
     axes = figure.subplots()
     for i, name in enumerate(names):
         centres = np.arange(len(groups)) + 0.6 * ((i + 0.5) / len(names) - 0.5)
@@ -202,6 +202,15 @@ def write_json(path: str | Path, content: dict) -> Path:
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def write_results(folder: str | Path, results: dict, table: str) -> None:
+    """Print a table, and write it to `table.md` and its figures to `results.json`, in a folder made for them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table)
 
 
 def remember(settings: dict, path: str | Path) -> None:
@@ -301,7 +310,7 @@ def _curve(log_history: Sequence[dict], key: str) -> tuple[list[float], list[flo
     return [entry["epoch"] for entry in entries], [entry[key] for entry in entries]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own canvas: pyplot's global state and backend, which may be the user's notebook, stay alone."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
