@@ -23,6 +23,7 @@ from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassifi
 from transformers_cat.audio import resample
 
 RATE = 32_000
+SINGLE_LABEL = "single_label_classification"
 CLEAR = (ValueError, TypeError, OSError, StrictDataclassError)
 EXTRACTOR = CATFeatureExtractor()
 
@@ -371,6 +372,23 @@ class TestForward:
 
 
 class TestLabels:
+    @pytest.mark.parametrize(
+        "num_labels, labels, message",
+        [
+            (3, [[1.0, 1, 0], [0, 1, 0]], "do not sum to 1.*'multi_label_classification'"),
+            (3, [[0.0, 0, 0], [0, 1, 0]], "do not sum to 1.*'multi_label_classification'"),
+            (1, [[0.3], [2.0]], "as in a regression.*'regression'"),
+            (1, [0.3, 2.0], "as in a regression.*'regression'"),
+        ],
+    )
+    @pytest.mark.parametrize("training", [True, False])
+    def test_labels_of_another_problem_than_the_checkpoint_had(self, num_labels, labels, message, training):
+        config = small_config(problem_type=SINGLE_LABEL)
+        config.num_labels = num_labels  # as `from_pretrained` sets it
+        model = CATForAudioClassification(config)
+        with pytest.raises(ValueError, match=message):
+            model.train(training)(torch.randn(2, 8, 384), labels=torch.tensor(labels))
+
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("bad", [5, 7, -1, -99, 2**40])
     @pytest.mark.parametrize("problem_type", [None, "single_label_classification"])

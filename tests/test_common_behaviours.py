@@ -772,6 +772,30 @@ def test_peft_gradient_checkpointing_enable_disable(use_reentrant):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("option", ["labels", "output_pns"])
+def test_a_head_that_is_not_linear_is_refused(option):
+    torch.manual_seed(0)
+    model = CATForAudioClassification(small_config(num_labels=3)).train()
+    width = model.config.hidden_size
+    model.classifier = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3))
+    clips, labels = torch.randn(4, 40, 384), torch.tensor([0, 1, 2, 0])
+    argument = {"labels": labels} if option == "labels" else {"output_pns": True}
+    with pytest.raises(ValueError, match="need a linear head, which Sequential is not"):
+        model(clips, **argument)
+    model.config.causal_loss_weight = 0.0
+    assert model(clips, labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_a_new_head_of_other_classes_trains(problem_type):
+    model = CATForAudioClassification(small_config(problem_type=problem_type)).train()
+    model.config.num_labels = 3
+    model.classifier = nn.Linear(model.config.hidden_size, 3)
+    labels = torch.tensor([0, 2]) if problem_type.startswith("single") else torch.eye(3)[:2]
+    output = model(torch.randn(2, 40, 384), labels=labels, output_pns=True)
+    assert output.loss.isfinite() and model.num_labels == output.logits.shape[1] == 3
+
+
 def test_causal_loss_and_pns_of_an_adapted_head():
     """They are of the head that makes the logits, as after merging the adapter into it."""
     peft = pytest.importorskip("peft")

@@ -208,6 +208,25 @@ def test_travels_to_data_workers(extractor, clips):
     np.testing.assert_array_equal(again(clips, sampling_rate=RATE)["input_values"], expected)
 
 
+def test_a_call_changes_nothing_that_a_cache_sees(clips):
+    """`datasets` finds what a map has computed by the pickled feature extractor."""
+    extractor = CATFeatureExtractor()
+    before = pickle.dumps(extractor)
+    extractor(clips, sampling_rate=RATE)
+    assert pickle.dumps(extractor) == before
+
+
+def test_numbers_of_python_have_no_width(extractor):
+    integers = [0, 1, -1, 0] * 500
+    expected = extractor([float(value) for value in integers], sampling_rate=RATE)["input_values"]
+    np.testing.assert_array_equal(extractor(integers, sampling_rate=RATE)["input_values"], expected)
+    np.testing.assert_array_equal(extractor([integers], sampling_rate=RATE)["input_values"], expected)
+    with pytest.raises(ValueError, match="samples up to 300, but full scale is 1"):
+        extractor([0, 300] * 500, sampling_rate=RATE)
+    of_16_bits = extractor([np.int16(16384)] * 2000, sampling_rate=RATE)["input_values"]
+    np.testing.assert_array_equal(of_16_bits, extractor([0.5] * 2000, sampling_rate=RATE)["input_values"])
+
+
 def test_filter_banks_are_built_once(extractor, clips, monkeypatch):
     extractor(clips, sampling_rate=RATE)
     monkeypatch.setattr("transformers_cat.mrmf.filter_bank", None)

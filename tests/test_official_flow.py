@@ -92,6 +92,20 @@ def spoken_digits(folder: Path, data_dir: Path) -> "datasets.DatasetDict":
     return datasets.load_dataset("audiofolder", data_dir=str(folder), cache_dir=str(folder / "cache"))
 
 
+def test_a_mask_that_was_dropped_is_seen_in_the_features(small_model):
+    """The script keeps `input_values` alone of the clips that it pads together."""
+    extractor = CATFeatureExtractor()
+    clips = [np.random.default_rng(0).normal(0, 0.1, length) for length in (32_000, 9_000, 20_001)]
+    batch = extractor(clips, sampling_rate=32_000, return_tensors="pt")
+    batch["input_values"][2, 3] = extractor(np.zeros(320), sampling_rate=32_000, return_tensors="pt")["input_values"][0]
+    with torch.no_grad():
+        expected, given = small_model(**batch).logits, small_model(batch["input_values"]).logits
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    for model in (small_model, small_model.train()):
+        assert torch.equal(model.cat.features(batch["input_values"], None)[1], batch["attention_mask"].bool())
+        assert model.cat.features(batch["input_values"][:1], None)[1] is None  # nothing is padding
+
+
 def random_crop(clip: np.ndarray, seconds: float, rate: int) -> np.ndarray:
     length = int(rate * seconds)
     start = random.randint(0, max(0, len(clip) - length))

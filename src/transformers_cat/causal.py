@@ -198,6 +198,9 @@ def linear_head(head: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor | None
 
     A plain layer's are its own. What an adapter adds, a quantiser packs, or offloading fetches for the head's own
     forward alone, shows in what the head makes of zero and of the unit vectors; no gradient leads to it.
+
+    Raises:
+        ValueError: `head` is not linear.
     """
     if type(head) is nn.Linear and head.weight.is_meta == latents.is_meta:
         return head.weight, head.bias
@@ -206,6 +209,14 @@ def linear_head(head: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor | None
     with torch.no_grad():
         bias = head(torch.zeros_like(latents[:1]))[0]
         weight = (head(torch.eye(latents.shape[1]).to(latents)) - bias).T
+        if not torch.compiler.is_compiling():
+            logits = head(latents)
+            difference = (F.linear(latents, weight, bias) - logits).abs().max()
+            if difference > 0.1 * logits.abs().max():  # far beyond what eight bits round
+                raise ValueError(
+                    f"The causal loss and the PNS need a linear head, which {type(head).__name__} is not: set "
+                    "`causal_loss_weight` to 0 with this one."
+                )
     head.train(training)
     return weight, bias
 

@@ -121,6 +121,10 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         """The front end that a model's configuration describes; other arguments as those of the class."""
         return cls(**mrmf_arguments(config), **kwargs)
 
+    def __getstate__(self) -> dict:
+        """Without the front end, which follows: `datasets` would take an extractor that was called for another one."""
+        return {**self.__dict__, "_mrmf": None}
+
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""
         dictionary = {name: value for name, value in self.__dict__.items() if name != "_mrmf"}
@@ -262,6 +266,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
                 item = item.detach().cpu()
                 item = item.float() if item.is_floating_point() else item  # numpy has no bfloat16
             clip = np.asarray(item)
+            if clip.dtype.kind in "iu" and isinstance(item, (list, tuple)) and not isinstance(item[0], np.generic):
+                clip = clip.astype(np.float32)  # of Python, whose integers have no width
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"Clip {index} is not a waveform: {error}") from error
         if clip.ndim == 0:

@@ -192,6 +192,15 @@ def shift_windows(tokens: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
     return tokens if shift == (0, 0) else tokens.roll((-shift[0], -shift[1]), (-3, -2))
 
 
+def padding_of(features: torch.Tensor) -> torch.Tensor | None:
+    """The mask (B, T) of MRMF features that lost theirs, as in transformers' own scripts; `None` if nothing is padding.
+
+    A frame of zeros is what the feature extractor pads with: log power is 0 in all bins at once in no frame of audio.
+    """
+    held = features.abs().amax(-1) != 0
+    return None if bool(held.all()) or not bool(held.any()) else held
+
+
 def zero_padding(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Sets (..., B, t, f, C) to zero where `mask` (B, t) says that there is no audio."""
     return tokens if mask is None else tokens * mask[:, :, None, None].to(tokens.dtype)
@@ -896,20 +905,22 @@ class CATModel(CATPreTrainedModel):
         """
         if not torch.compiler.is_compiling():
             self.validate(input_values, attention_mask)
-        # Looking at values would break a graph that is being traced, and meta tensors have none.
-        look = not (transformed() or input_values.is_meta)
+        # Meta tensors have no values to look at. A look would break a graph that is being traced, and in training it
+        # would keep a GPU waiting.
+        look = not (transformed() or input_values.is_meta or (self.training and input_values.device.type != "cpu"))
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            # A mask costs time, but in training a look at it would keep a GPU waiting.
-            if look and (attention_mask.device.type == "cpu" or not self.training) and bool(attention_mask.all()):
-                attention_mask = None
+            if look and bool(attention_mask.all()):
+                attention_mask = None  # it costs time
+        elif look and input_values.ndim == 3:
+            attention_mask = padding_of(input_values)
         if input_values.ndim == 2:
             features, attention_mask = self.mrmf(input_values, attention_mask, whiten)
         elif attention_mask is None:
             features = input_values
         else:  # not by a product: what is on padding may be NaN
             features = input_values.masked_fill(~attention_mask[..., None], 0)
-        # In training the loss shows it, and a look at the values would keep a GPU waiting.
+        # In training the loss shows it.
         if look and not self.training and not bool(features.abs().amax() < MAX_LOG_POWER):
             raise ValueError(
                 f"`input_values` has NaN, infinite or huge values: its features must lie within {MAX_LOG_POWER:g} of "
@@ -1007,7 +1018,6 @@ class CATForAudioClassification(CATPreTrainedModel):
 
     def __init__(self, config: CATConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.cat = CATModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.reconstruction = None
@@ -1018,6 +1028,15 @@ class CATForAudioClassification(CATPreTrainedModel):
                 config.hidden_size, config.num_filters, config.num_resolutions, patch
             )
         self.post_init()
+
+    @property
+    def num_labels(self) -> int:
+        """The configuration's, also where a new head has changed it."""
+        return self.config.num_labels
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self.config.num_labels = value
 
     def freeze_feature_encoder(self) -> None:
         """Stops the training of the embeddings and of their batch norms' statistics; the trunk and the head go on."""
@@ -1054,7 +1073,8 @@ class CATForAudioClassification(CATPreTrainedModel):
 
         Raises:
             ValueError: A reconstruction is asked for of a model without the block; or `labels` has another shape than
-                the above, or, on a CPU, a class index that there is not.
+                the above; or, but for training on an accelerator, a class index that there is not, or probabilities
+                whose sum is not 1.
         """
         outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         latents = outputs.pooler_output
@@ -1117,6 +1137,11 @@ class CATForAudioClassification(CATPreTrainedModel):
             raise ValueError(f"`labels` must be a tensor, not {type(labels).__name__}.")
         problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else None)
         indices = not labels.is_floating_point() and problem_type in (None, "single_label_classification")
+        if self.num_labels == 1 and labels.is_floating_point() and problem_type == "single_label_classification":
+            raise ValueError(
+                "`labels` are floats and `num_labels` is 1, as in a regression, but `problem_type` is "
+                "'single_label_classification': pass `problem_type='regression'` to `from_pretrained`."
+            )
         flat = indices or (self.num_labels == 1 and problem_type != "multi_label_classification")
         shapes = [(clips,), (clips, 1)] if flat else [(clips, self.num_labels)]
         if tuple(labels.shape) not in shapes:
@@ -1125,7 +1150,16 @@ class CATForAudioClassification(CATPreTrainedModel):
                 f"{self.num_labels} need {' or '.join(map(str, shapes))}: class indices are integers (clips,), "
                 "probabilities, multi-hot labels and targets floats (clips, num_labels)."
             )
-        if not indices or labels.device.type != "cpu":  # a look at the values would keep a GPU waiting
+        # There are no values to look at, or a look would keep a GPU waiting.
+        if labels.is_meta or (labels.device.type != "cpu" and self.training):
+            return
+        if not indices:
+            if problem_type == "single_label_classification" and bool(((labels.sum(1) - 1).abs() > 0.01).any()):
+                raise ValueError(
+                    "`labels` are no probabilities, since their rows do not sum to 1, but `problem_type` is "
+                    "'single_label_classification'. For several labels of a clip, or none, pass "
+                    "`problem_type='multi_label_classification'` to `from_pretrained`."
+                )
             return
         wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.num_labels)]
         if wrong.numel():
