@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification
 from transformers_cat.training import AudioCollator, AudioTrainer, Muon, SpecAugment
@@ -316,3 +317,14 @@ def test_muon_is_refused_where_weights_are_sharded(make_trainer, monkeypatch):
     monkeypatch.setattr(AudioTrainer, "create_accelerator_and_postprocess", sharded)
     with pytest.raises(ValueError, match="Muon needs whole matrices.*muon=False"):
         make_trainer(muon=True)
+
+
+def test_several_processes_evaluate_what_has_no_loss_function(make_trainer, monkeypatch):
+    """As `CausalModule`, whose loss stays the mean over batches."""
+    trainer = make_trainer()
+    found = EvalLoopOutput(np.zeros((2, 5), np.float32), np.array([0, 4]), {"eval_loss": 7.0}, 2)
+    monkeypatch.setattr(Trainer, "evaluation_loop", lambda *args, **kwargs: found)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert trainer.evaluation_loop().metrics["eval_loss"] == pytest.approx(np.log(5))
+    trainer.model, found.metrics["eval_loss"] = torch.nn.Linear(1, 1), 7.0
+    assert trainer.evaluation_loop().metrics["eval_loss"] == 7.0
