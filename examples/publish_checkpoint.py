@@ -30,7 +30,7 @@ def check_same_recipe(own: dict, others: list[dict]) -> None:
             differing = {key for key in ours if ours[key] != theirs.get(key) and not key.startswith(NOT_THE_RECIPE)}
             if differing:
                 raise ValueError(f"The cross-validation had other arguments than the model: {sorted(differing)}")
-        for start in ("model_name_or_path", "init_from", "reinitialize"):
+        for start in ("model_name_or_path", "init_from"):
             if own["arguments"]["model"].get(start) != other["arguments"]["model"].get(start):
                 raise ValueError(f"The cross-validation had another --{start} than the model")
         if own["config"] != other["config"]:

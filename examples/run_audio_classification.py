@@ -123,13 +123,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "With --config_name: a Swin or CLAP (HTS-AT) checkpoint whose trunk is the start."},
     )
-    reinitialize: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "With --model_name_or_path: modules of its body that start anew. `stages norm` keeps of a CAT what "
-            "makes the tokens, which carries over to other sounds better than what follows."
-        },
-    )
     config_overrides: str | None = field(
         default=None,
         metadata={"help": "JSON that replaces values of the configuration, as in '{\"causal_loss_weight\": 0}'."},
@@ -479,8 +472,6 @@ def load_model(
         if len(known) == len(names):  # another number has replaced the head already
             renew_head(model)
         logger.warning("The checkpoint knows other classes (%s, ...): its head is replaced by a new one.", known[0])
-    if model_args.reinitialize:
-        reinitialize(model, model_args.reinitialize)
     return model
 
 
@@ -493,18 +484,6 @@ def renew_head(model: PreTrainedModel) -> None:
             torch.nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-
-
-def reinitialize(model: PreTrainedModel, names: list[str]) -> None:
-    """New weights for modules of the body."""
-    body, fresh = model.base_model, type(model)(model.config).base_model
-    for name in names:
-        try:
-            module = body.get_submodule(name)
-        except AttributeError:
-            has = ", ".join(child for child, _ in body.named_children())
-            raise ValueError(f"--reinitialize {name}: {type(body).__name__} has no such module, but {has}") from None
-        module.load_state_dict(fresh.get_submodule(name).state_dict())
 
 
 def load_feature_extractor(model_args: ModelArguments, config: PreTrainedConfig):
@@ -616,8 +595,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         )
     if not (args.do_train or model_args.model_name_or_path):
         raise ValueError("Without --do_train nothing is trained: name the model to evaluate by --model_name_or_path")
-    if model_args.reinitialize and not (args.do_train and model_args.model_name_or_path):
-        raise ValueError("--reinitialize is for a training that starts from a --model_name_or_path")
     return model_args, data_args, args
 
 

@@ -209,11 +209,7 @@ def test_averaged_weights_are_said(model):
 def test_a_start_from_the_hub_is_a_base_model(model, tmp_path):
     card = model_card(model, "x", [run(arguments__model__model_name_or_path="someone/cat-audioset")])
     assert card.data.base_model == "someone/cat-audioset"
-    assert "from the checkpoint someone/cat-audioset on" in words(card)
-    own = run(arguments__model__model_name_or_path="someone/cat", arguments__model__reinitialize=["stages", "norm"])
-    assert "from the checkpoint someone/cat, but with new weights in stages and norm, on" in words(
-        model_card(model, "x", [own])
-    )
+    assert "from the checkpoint someone/cat-audioset" in words(card)
     card = model_card(model, "x", [run(arguments__model__model_name_or_path=str(tmp_path))])
     assert card.data.base_model is None
     assert str(tmp_path.parent) not in str(card)

@@ -312,9 +312,7 @@ def _start(run: Mapping | None) -> str:
     if source is None:
         return "from scratch"
     what = "the checkpoint" if run["arguments"]["model"].get("model_name_or_path") else "the trunk of"
-    anew = run["arguments"]["model"].get("reinitialize")
-    but = f", but with new weights in {' and '.join(anew)}," if anew else ""
-    return f"from {what} {_base_model(run) or Path(source).name}{but}"
+    return f"from {what} {_base_model(run) or Path(source).name}"
 
 
 def _evaluated_on(run: Mapping) -> str:

@@ -801,24 +801,6 @@ def test_training_starts_from_another_trunk(script, folder, tmp_path, capsys):
     assert saved["cat.embeddings.position.gate"] == 0
 
 
-def test_named_modules_of_a_checkpoint_start_anew(script, folder, tmp_path):
-    script.main(arguments(folder, tmp_path / "source", "--do_train", "--max_steps", "1", "--warmup_steps", "0"))
-    flags = "--do_train --max_steps 1 --learning_rate 0 --seed 1 --config_name source --model_name_or_path source"
-    flags = [str(tmp_path / "source") if flag == "source" else flag for flag in flags.split()]
-    flags += ["--reinitialize", "stages.0", "norm"]
-    script.main(arguments(folder, tmp_path / "out", *flags))
-    source, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
-    changed = {name for name in source if not torch.equal(source[name], saved[name])}
-    weights = {name for name in changed if "running_" not in name and not name.endswith("num_batches_tracked")}
-    assert weights and all(name.startswith(("cat.stages.0.", "cat.norm.")) for name in weights)
-    assert {"cat.norm.weight", "cat.stages.0.blocks.0.attention.output.weight"} <= weights
-    with pytest.raises(ValueError, match="--reinitialize stem: CATModel has no such module, but .*embeddings, stages"):
-        script.main(arguments(folder, tmp_path / "other", *flags[:-2], "stem"))
-    for wrong in (["--do_train"], ["--do_eval", *flags[-5:]]):
-        with pytest.raises(ValueError, match="--reinitialize is for a training that starts from"):
-            script.parse_arguments(["--data", "x", "--output_dir", "x", *wrong, "--reinitialize", "norm"])
-
-
 def test_unknown_overrides_are_refused_by_name(script, folder, tmp_path):
     with pytest.raises(ValueError, match="embed_dims"):
         script.main(arguments(folder, tmp_path, "--do_train", "--config_overrides", '{"embed_dims": 8}'))
