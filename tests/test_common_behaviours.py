@@ -782,6 +782,7 @@ def test_a_head_that_is_not_linear_is_refused(option):
     argument = {"labels": labels} if option == "labels" else {"output_pns": True}
     with pytest.raises(ValueError, match="need a linear head, which Sequential is not"):
         model(clips, **argument)
+    assert model.classifier.training
     model.config.causal_loss_weight = 0.0
     assert model(clips, labels=labels).loss.isfinite()
 
