@@ -582,7 +582,7 @@ class TestArguments:
         ("flags", "message"),
         [
             (["--test_folds", "9"], r"test folds \[9\] do not exist"),
-            (["--test_folds", "1", "2", "3"], "Every fold is held out"),
+            (["--test_folds", "1", "2", "3"], "Every fold or split is held out"),
             (["--problem_type", "regression"], None),
             (["--data", "nowhere"], "--data nowhere does not exist; for the Hub use --dataset_name"),
         ],
