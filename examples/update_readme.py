@@ -32,27 +32,27 @@ SUMMARY = {"seeds", "mean", "deviation"}
 TRANSFER = {"linear probe", "fine-tuned"}
 
 
+def by_fold(title: str, runs: list[tuple[str, dict]]) -> str:
+    """A row for each run: its name, its score on each fold, their mean and deviation."""
+    folds = list(runs[0][1]["folds"])
+    rows = [
+        [name, *(per_cent(own["folds"][fold], None) for fold in folds), per_cent(own["mean"], own["deviation"])]
+        for name, own in runs
+    ]
+    return markdown_table([title, *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+
+
 def transfer(summary: dict) -> str:
     """The two transfers of a `summary.json` of transfer.py."""
-    folds = list(next(iter(summary["fine-tuned"]["seeds"].values()))["folds"])
-    rows = []
-    for name in ("linear probe", "fine-tuned"):
-        for own in summary[name]["seeds"].values():
-            scores = [per_cent(own["folds"][fold], None) for fold in folds]
-            rows.append([name, *scores, per_cent(own["mean"], own["deviation"])])
-    return markdown_table(["transfer", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+    names = ("linear probe", "fine-tuned")
+    return by_fold("transfer", [(name, own) for name in names for own in summary[name]["seeds"].values()])
 
 
 def ensemble(results: dict) -> str:
     """The folds of each member and of their mean, of a `results.json` of evaluate_ensemble.py."""
-    members = results["results"]
-    folds = list(members["ensemble"]["folds"])
-    rows = []
-    for name, own in members.items():
-        name = "mean of their probabilities" if name == "ensemble" else f"`{Path(name).parent.parent}`"
-        scores = [per_cent(own["folds"][fold], None) for fold in folds]
-        rows.append([name, *scores, per_cent(own["mean"], own["deviation"])])
-    return markdown_table(["run", *(f"fold {fold}" for fold in folds), "mean ± standard deviation"], rows)
+    *members, (_, mean) = results["results"].items()
+    named = [(f"`{Path(name).parent.parent}`", own) for name, own in members]
+    return by_fold("run", [*named, ("mean of their probabilities", mean)])
 
 
 def one_run(results: dict) -> str:

@@ -195,7 +195,8 @@ def shift_windows(tokens: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
 def padding_of(features: torch.Tensor) -> torch.Tensor | None:
     """The mask (B, T) of MRMF features that lost theirs, as in transformers' own scripts; `None` if nothing is padding.
 
-    A frame of zeros is what the feature extractor pads with: log power is 0 in all bins at once in no frame of audio.
+    A frame of zeros is what the feature extractor pads with by default: in no frame of audio is the log power of all
+    bins at once 0.
     """
     held = features.abs().amax(-1) != 0
     return None if bool(held.all()) or not bool(held.any()) else held

@@ -40,7 +40,7 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
     The csv module reads them: pandas' large strings cannot be cast to `datasets.Audio`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist; is its folder the right one?")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True)
