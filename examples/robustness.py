@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-r"""How much a model's accuracy depends on the volume and on the length of what it hears.
+r"""How much a model's accuracy depends on the volume and the length of what it hears, and on its own precision.
 
     python examples/robustness.py --data runs/esc10-32k --runs runs/esc10 --decibels -20 0 --output_dir runs/volume
     python examples/robustness.py --data runs/esc10-32k --runs runs/esc10 --seconds 0.5 1 5 --output_dir runs/length
+    python examples/robustness.py --data runs/esc10-32k --runs runs/esc10 --precisions int8 --output_dir runs/precision
 
 `--runs` is a folder of `cross_validate.py`: the model of each fold hears the clips of that fold, louder or quieter by
-each of `--decibels`, and the loudest part of each that lasts `--seconds`. Several folders are compared. The result is
-`results.json` and `table.md`: the accuracy over the clips of all folds.
+each of `--decibels`, the loudest part of each that lasts `--seconds`, and, at each of `--precisions`, the clips as they
+are. Several folders are compared. The result is `results.json` and `table.md`: the accuracy over the clips of all
+folds and, for a precision, the share of them for which it names the same class as float32.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
+from transformers_cat.linear import make_plain
 from transformers_cat.training import (
     AudioCollator,
     align_labels,
@@ -35,6 +38,24 @@ from transformers_cat.training.metrics import SINGLE_LABEL, probabilities
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_results
 from transformers_cat.training.scores import Scores
+
+
+def quantised(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its linear layers in 8 bits, for CPUs; their inputs are quantised as they come."""
+    make_plain(model)
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+PRECISIONS = {
+    "float32": torch.nn.Module.float,
+    "bfloat16": torch.nn.Module.bfloat16,
+    "float16": torch.nn.Module.half,
+    "int8": quantised,
+}
+
+
+def unchanged(waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
+    return waveform
 
 
 def louder(waveform: torch.Tensor, sampling_rate: int, decibels: float) -> torch.Tensor:
@@ -53,9 +74,11 @@ def loudest(waveform: torch.Tensor, sampling_rate: int, seconds: float) -> torch
 
 
 @torch.no_grad()
-def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor, int], torch.Tensor]) -> Scores:
+def heard(
+    folder: Path, clips: Dataset, change: Callable[[torch.Tensor, int], torch.Tensor], precision: str = "float32"
+) -> Scores:
     """What the model in `folder` says of clips, the waveform (N,) of each of which is changed first, at its rate."""
-    model = AutoModelForAudioClassification.from_pretrained(folder).eval()
+    model = PRECISIONS[precision](AutoModelForAudioClassification.from_pretrained(folder).eval())
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     clips = align_labels(clips, names)
@@ -67,7 +90,7 @@ def heard(folder: Path, clips: Dataset, change: Callable[[torch.Tensor, int], to
 
     batches = DataLoader(decode_audio(clips, extractor.sampling_rate), batch_size=16, collate_fn=collate)
     logits = torch.cat([model(**batch).logits for batch in batches])
-    return Scores.of(clips, probabilities(logits.numpy(), SINGLE_LABEL), names)
+    return Scores.of(clips, probabilities(logits.float().numpy(), SINGLE_LABEL), names)
 
 
 def tested_clips(runs: Path, dataset: Dataset) -> dict[Path, Dataset]:
@@ -92,19 +115,38 @@ def changes(decibels: list[float], seconds: list[float]) -> dict[str, Callable[[
     return gains | {f"{value:g} s": partial(loudest, seconds=value) for value in seconds}
 
 
-def measure(runs: Path, dataset: Dataset, changes: dict[str, Callable]) -> dict[str, float]:
-    """The accuracy over the tested folds of a cross-validation, for each of the changes."""
-    clips, results = tested_clips(runs, dataset), {}
-    for name, change in changes.items():
-        scores = [heard(folder, tested, change) for folder, tested in clips.items()]
-        shares = [own.metrics(SINGLE_LABEL)["accuracy"] for own in scores]
-        sizes = [len(own.paths) for own in scores]
-        results[name] = float(np.average(shares, weights=sizes))
+def accuracy(scores: list[Scores]) -> float:
+    """Over the clips of all folds."""
+    shares = [own.metrics(SINGLE_LABEL)["accuracy"] for own in scores]
+    return float(np.average(shares, weights=[len(own.paths) for own in scores]))
+
+
+def agreement(scores: list[Scores], others: list[Scores]) -> float:
+    """The share of clips for which both name the same class."""
+    pairs = zip(scores, others, strict=True)
+    return float(np.concatenate([own.values.argmax(1) == other.values.argmax(1) for own, other in pairs]).mean())
+
+
+def measure(runs: Path, dataset: Dataset, changes: dict[str, Callable], precisions: list[str]) -> dict[str, float]:
+    """The shares over the tested folds of a cross-validation, by what is changed."""
+    clips = tested_clips(runs, dataset)
+
+    def hear(change: Callable, precision: str = "float32") -> list[Scores]:
+        return [heard(folder, tested, change, precision) for folder, tested in clips.items()]
+
+    results = {name: accuracy(hear(change)) for name, change in changes.items()}
+    if precisions:
+        reference = hear(unchanged)
+        results["float32"] = accuracy(reference)
+    for precision in precisions:
+        scores = hear(unchanged, precision)
+        results[precision] = accuracy(scores)
+        results[f"{precision}, class as in float32"] = agreement(scores, reference)
     return results
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """run -> change -> accuracy, as a table."""
+    """run -> change -> share, as a table."""
     columns = list(next(iter(results.values())))
     rows = [[name, *(per_cent(own[column], None) for column in columns)] for name, own in results.items()]
     return markdown_table(["", *columns], rows)
@@ -114,24 +156,26 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the script.
 
     Returns:
-        The content of `results.json`: run -> change -> accuracy.
+        The content of `results.json`: run -> change -> share.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder or CSV file of the clips, in folds")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of cross_validate.py")
     parser.add_argument("--decibels", type=float, nargs="+", default=[], help="gains")
     parser.add_argument("--seconds", type=float, nargs="+", default=[], help="lengths")
+    parser.add_argument("--precisions", choices=list(PRECISIONS)[1:], nargs="+", default=[], help="beside float32")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    if not args.decibels + args.seconds:
-        parser.error("nothing to change: pass --decibels, --seconds or both")
+    if not args.decibels + args.seconds + args.precisions:
+        parser.error("nothing to change: pass --decibels, --seconds or --precisions")
     if any(value <= 0 for value in args.seconds):
         parser.error(f"--seconds must be positive, not {args.seconds}")
     dataset = without_only_split(load_audio_dataset(args.data))
     named = {runs.name for runs in args.runs}
     changed = changes(args.decibels, args.seconds)
     results = {
-        runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, changed) for runs in args.runs
+        runs.name if len(named) == len(args.runs) else str(runs): measure(runs, dataset, changed, args.precisions)
+        for runs in args.runs
     }
     write_results(args.output_dir, results, table(results))
     return results

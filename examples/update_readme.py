@@ -81,6 +81,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "transfer_cnn": ("transfer_cnn/summary.json", TRANSFER, transfer),
     "volume": ("volume/results.json", None, robustness.table),
     "length": ("length/results.json", None, robustness.table),
+    "precision": ("precision/results.json", None, robustness.table),
     "ablation": ("table_e/results.json", None, ablate.table),
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, causal_experiment.table),

@@ -1,5 +1,6 @@
 """Cross-validation, transfer and the ablations, on short tones."""
 
+import copy
 import csv
 import importlib
 import json
@@ -14,7 +15,7 @@ import pytest
 import soundfile
 import torch
 
-from transformers_cat import CATConfig
+from transformers_cat import CATConfig, CATForAudioClassification
 from transformers_cat.training import read_scores
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -167,10 +168,31 @@ def test_robustness(example, folder, tmp_path):
     both = script.main([*command, "--seconds", "0.001", "100"])
     assert set(both) == {str(tmp_path / "tones"), str(again)}
     assert all(own["100 s"] == results["0 dB"] for own in both.values())
+    precise = script.main([*command, "--precisions", "int8", "bfloat16"])[str(tmp_path / "tones")]
+    assert precise["float32"] == results["0 dB"]
+    for precision in ("int8", "bfloat16"):
+        assert abs(precise[precision] - precise["float32"]) <= 1 - precise[f"{precision}, class as in float32"]
     with pytest.raises(SystemExit):
         script.main(command)
     with pytest.raises(SystemExit):
         script.main([*command, "--seconds", "0"])
+
+
+def test_precisions(example, folder, tmp_path):
+    """What a precision is called it is; the share of clips that are named alike is counted clip by clip."""
+    script = example("robustness")
+    model = CATForAudioClassification(CATConfig(**{key: value for key, value in CONFIG.items() if key != "model_type"}))
+    quantised = script.PRECISIONS["int8"](copy.deepcopy(model))
+    assert {type(layer).__module__ for name, layer in quantised.named_modules() if name.endswith("classifier")} == {
+        "torch.ao.nn.quantized.dynamic.modules.linear"
+    }
+    for precision in ("float16", "bfloat16", "float32"):
+        assert script.PRECISIONS[precision](model).dtype == getattr(torch, precision)
+    ones, others = (
+        [script.Scores(["a", "b"], ["x", "y"], np.array(values)), script.Scores(["c"], ["x", "y"], np.eye(2)[:1])]
+        for values in ([[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.7, 0.3]])
+    )
+    assert script.agreement(ones, others) == pytest.approx(2 / 3)
 
 
 def test_the_loudest_part(example):

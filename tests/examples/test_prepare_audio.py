@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from transformers_cat import load_audio
 from transformers_cat.training import label_names, load_audio_dataset
-from transformers_cat.training.data import decode_audio
+from transformers_cat.training.clips import decode_audio
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "prepare_audio.py"
 RATE = 32_000

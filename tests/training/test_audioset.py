@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from transformers_cat.training import is_multi_label, label_names, load_audio_dataset, read_audioset
-from transformers_cat.training.data import decode_audio
+from transformers_cat.training.clips import decode_audio
 
 INDEX = 'index,mid,display_name\n0,/m/a,"Speech"\n1,/m/b,"Male speech, man speaking"\n2,/m/c,"Dog"\n'
 HEADER = "# Segments csv\n# num_ytids=2\n# YTID, start_seconds, end_seconds, positive_labels\n"

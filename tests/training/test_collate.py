@@ -8,8 +8,8 @@ import torch
 
 from transformers_cat import CATFeatureExtractor
 from transformers_cat.mrmf import filter_edges
+from transformers_cat.training import decode_audio, load_audio_dataset
 from transformers_cat.training.collate import MAX_MASKED_SHARE, AudioCollator
-from transformers_cat.training.data import decode_audio, load_audio_dataset
 
 OFF = {"mixup_probability": 0.0, "time_roll": 0.0, "gain_db": 0.0, "time_mask": 0, "freq_mask": 0, "speed": 1.0}
 WAVEFORMS = CATFeatureExtractor(do_mrmf=False)

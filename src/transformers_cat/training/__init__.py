@@ -6,11 +6,11 @@ scikit-learn and matplotlib.
 
 from .audioset import read_audioset
 from .averaging import WeightAveraging, mean_weights
+from .clips import decode_audio, validate_audio_files
 from .collate import AudioCollator, SpecAugment
 from .data import (
     align_labels,
     as_multi_label,
-    decode_audio,
     is_multi_label,
     label_names,
     load_audio_dataset,
@@ -19,7 +19,6 @@ from .data import (
     read_esc50,
     read_urbansound8k,
     split_folds,
-    validate_audio_files,
     without_only_split,
     without_recordings_of,
 )

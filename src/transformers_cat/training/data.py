@@ -1,12 +1,11 @@
-"""Audio data sets as `datasets.Dataset`: readers of known layouts, folds, checks, lazy decoding.
+"""Audio data sets as `datasets.Dataset`: readers of known layouts, folds, labels.
 
 Every reader returns the columns `audio` (path of the clip), `label` and, where the data set has given folds, `fold`.
 `label` is a `ClassLabel`, or a list of them where a clip may have several labels. Nothing is decoded while reading:
-`decode_audio` attaches a transform that loads clips when the data loader asks for them, so a data set of any size
+`clips.decode_audio` attaches a transform that loads clips when the data loader asks for them, so a data set of any size
 needs the memory of one batch.
 """
 
-import io
 import logging
 import os
 import re
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import soundfile
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, List
 
-from ..audio import AUDIO_SUFFIXES, UnknownFormatError, audio_files, check_rates, load_audio, read_audio
-from ..configuration_cat import SAMPLING_RATE
+from ..audio import AUDIO_SUFFIXES, audio_files
 from .audioset import INDEX, read_audioset
+from .clips import clip_name, path_and_bytes, raw_audio
 from .tables import (
     NAMED_ITEMS,
     build_dataset,
@@ -43,8 +41,6 @@ SPLIT_FOLDERS = {
 LABEL_SEPARATOR = ";"
 # 1-100032-A-0: fold, recording, take, target; 101415-3-0-2: recording, class, occurrence, slice.
 FREESOUND_NAME = re.compile(r"\d-(?P<esc50>\d+)-[A-Z]-\d+|(?P<urbansound8k>\d+)-\d+-\d+-\d+")
-EMPTY, TRUNCATED = "it holds no samples", "it is truncated: it ends before its header says"
-LARGEST_DECLARED = 0x7FFF0000  # bytes
 LAYOUTS = (
     "ESC-50 (meta/esc50.csv and audio/), UrbanSound8K (metadata/UrbanSound8K.csv and audio/foldN/), "
     "AudioSet (class_labels_indices.csv and tables of segments), an audio folder (train/<class>/..., "
@@ -270,7 +266,7 @@ def refuse_shared_clips(train: Dataset, test: Dataset) -> None:
 
 def _resolved_paths(dataset: Dataset) -> dict[str, None]:
     """The distinct files of a data set, in its order."""
-    known = (_path_and_bytes(clip) for clip in _raw_audio(dataset))
+    known = (path_and_bytes(clip) for clip in raw_audio(dataset))
     return dict.fromkeys(str(Path(path).resolve()) for path, encoded in known if encoded is None)
 
 
@@ -312,68 +308,6 @@ def as_multi_label(dataset: Dataset) -> Dataset:
     return _with_labels(dataset, labels, List(dataset.features["label"]))
 
 
-def validate_audio_files(dataset: Dataset, on_bad_audio: str = "error") -> tuple[Dataset, list[str]]:
-    """Read every clip by `audio_problem`: a broken file should be found now, not in mid-training.
-
-    Args:
-        dataset: with the column `audio`.
-        on_bad_audio: "error" (default) raises and names the files; "skip" leaves them out.
-
-    Returns:
-        The data set without the unreadable clips, and their names.
-
-    Raises:
-        ValueError: unreadable clips with "error", or no readable clip at all.
-    """
-    check_choice("on_bad_audio", on_bad_audio)
-    clips = _raw_audio(dataset)
-    problems = {i: problem for i, clip in enumerate(clips) if (problem := audio_problem(clip))}
-    if not problems:
-        return dataset, []
-    names = [clip_name(clips[i], i) for i in problems]
-    listed = f"{len(problems)} of {len(dataset)} clips cannot be read: {some(names)} ({next(iter(problems.values()))})"
-    if on_bad_audio == "error":
-        raise ValueError(f"{listed}. Repair or remove them, or leave them out with on_bad_audio='skip'")
-    if len(problems) == len(dataset):
-        raise ValueError(f"No clip is left: {listed}")
-    logger.warning("%s. They are left out.", listed)
-    return dataset.select([i for i in range(len(dataset)) if i not in problems]), names
-
-
-def decode_audio(dataset: Dataset, sampling_rate: int) -> Dataset:
-    """Decode `audio` to float32 mono waveforms (N,) at `sampling_rate` Hz whenever rows are read, never before.
-
-    `datasets` applies a transform to whole rows: read labels and folds from the data set as it was before, since the
-    column of a decoded one decodes all clips.
-    """
-    return dataset.with_transform(_DecodeAudio(sampling_rate))
-
-
-def decode_clip(clip: str | dict, sampling_rate: int) -> np.ndarray:
-    """Decode one clip, given as a path or as the `{"bytes", "path"}` of `datasets.Audio(decode=False)`.
-
-    Returns:
-        float32 mono waveform (N,) at `sampling_rate` Hz.
-    """
-    path, encoded = _path_and_bytes(clip)
-    if encoded is None:
-        return load_audio(path, sampling_rate)
-    try:
-        return read_audio(io.BytesIO(encoded), path or "that has no name", sampling_rate)
-    except UnknownFormatError as error:
-        raise ValueError(f"Clip {path} cannot be decoded ({error}); convert it to wav, flac or ogg") from error
-
-
-def _path_and_bytes(clip: str | dict) -> tuple[str | None, bytes | None]:
-    return (clip, None) if isinstance(clip, str) else (clip["path"], clip["bytes"])
-
-
-def clip_name(clip: str | dict, position: int) -> str:
-    """How reports name a clip: its path, or its number where only its bytes are known."""
-    path = clip if isinstance(clip, str) else clip["path"]
-    return path or f"clip {position}"
-
-
 def without_only_split(loaded: Dataset | DatasetDict) -> Dataset | DatasetDict:
     """A `DatasetDict` of one split as its `Dataset`: one split is no split."""
     return next(iter(loaded.values())) if isinstance(loaded, DatasetDict) and len(loaded) == 1 else loaded
@@ -400,7 +334,7 @@ def without_recordings_of(dataset: Dataset, other: Dataset | DatasetDict) -> Dat
 
 def _freesound_numbers(dataset: Dataset | DatasetDict) -> list[str]:
     parts = dataset.values() if isinstance(dataset, DatasetDict) else [dataset]
-    names = [clip_name(clip, i) for part in parts for i, clip in enumerate(part.with_format(None)["audio"])]
+    names = [clip_name(clip, i) for part in parts for i, clip in enumerate(raw_audio(part))]
     numbers = [freesound_number(name) for name in names]
     if None in numbers:
         raise ValueError(
@@ -408,18 +342,6 @@ def _freesound_numbers(dataset: Dataset | DatasetDict) -> list[str]:
             "recording on Freesound, so that it cannot be told which recordings both data sets have"
         )
     return numbers
-
-
-class _DecodeAudio:
-    """A transform for `Dataset.with_transform`; a class, since data workers may have to pickle it."""
-
-    def __init__(self, sampling_rate: int):
-        self.sampling_rate = sampling_rate
-
-    def __call__(self, rows: dict) -> dict:
-        if "audio" not in rows:
-            return rows
-        return {**rows, "audio": [decode_clip(clip, self.sampling_rate) for clip in rows["audio"]]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,48 +507,3 @@ def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
 
 def _with_labels(dataset: Dataset, labels: list, feature: ClassLabel | List) -> Dataset:
     return dataset.remove_columns("label").add_column("label", labels, feature=feature)
-
-
-def _raw_audio(dataset: Dataset) -> list:
-    return dataset.with_format(None)["audio"]
-
-
-def audio_problem(clip: str | dict, sampling_rate: int = SAMPLING_RATE) -> str | None:
-    """Why a clip cannot be read to its end and brought to `sampling_rate` Hz (default 32000), or None.
-
-    Of uncompressed integers only the header is looked at. All else is decoded: compressed audio may have a gap
-    anywhere, and numbers in floating point may be none.
-    """
-    path, encoded = _path_and_bytes(clip)
-    rate = sampling_rate
-    try:
-        with (
-            open(path, "rb") if encoded is None else io.BytesIO(encoded) as stream,
-            soundfile.SoundFile(stream) as file,
-        ):
-            if file.frames == 0:
-                return EMPTY
-            if _says_truncated(file.extra_info):
-                return TRUNCATED
-            rate = file.samplerate
-            check_rates(rate, sampling_rate)
-            if file.subtype.startswith("PCM") and file.format != "FLAC":
-                return None
-    except (soundfile.LibsndfileError, TypeError):
-        pass  # `decode_clip` may know its format
-    except (ValueError, OSError) as error:
-        return str(error)
-    try:
-        decode_clip(clip, rate)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _says_truncated(log: str) -> bool:
-    """Whether libsndfile noted that a file ends early, which it reads without an error where the format allows it."""
-    if "lacks an end-of-stream" in log:
-        return True
-    declared = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    # A program that writes to a pipe cannot know the length and declares the largest one.
-    return bool(declared) and int(declared[2]) < int(declared[1]) < LARGEST_DECLARED

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AudioClassificationPipeline
 
-from .data import decode_audio
+from .clips import decode_audio
 from .metrics import MULTI_LABEL, SINGLE_LABEL
 from .scores import Scores
 

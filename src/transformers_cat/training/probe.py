@@ -11,8 +11,8 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from .clips import decode_audio
 from .collate import AudioCollator
-from .data import decode_audio
 
 
 @torch.no_grad()

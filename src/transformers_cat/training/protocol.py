@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..cards import DATASETS
-from .scores import clip_names
+from .clips import clip_names
 
 BENCHMARKS = (DATASETS["esc50"], DATASETS["urbansound8k"])  # what published figures are about; ESC-10 is a part of one
 

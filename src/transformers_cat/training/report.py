@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
+from .clips import clip_names
 from .data import is_multi_label, label_names
 from .metrics import SINGLE_LABEL
-from .scores import Scores, clip_names, write_scores
+from .scores import Scores, write_scores
 from .tables import write_rows
 
 PACKAGES = (

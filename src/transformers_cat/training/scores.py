@@ -6,14 +6,15 @@ not read. A file made by any other program can take part if it has `path` and th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import EvalPrediction
 
+from .clips import clip_names, distinct
 from .data import LABEL_SEPARATOR, label_names
 from .metrics import MULTI_LABEL, SINGLE_LABEL, compute_metrics_for
 from .tables import integer, read_lines, some, write_rows
@@ -104,26 +105,6 @@ class Scores:
         return self.labels
 
 
-def clip_names(dataset: Dataset) -> list[str]:
-    """The path of each clip, or its number where only its bytes are known, each once; no clip is read for it."""
-    audio = dataset.with_format(None).select_columns("audio")
-    if dataset.features["audio"] != Value("string"):
-        audio = audio.flatten().select_columns("audio.path")
-    return _distinct(path or f"clip {i}" for i, path in enumerate(audio[audio.column_names[0]]))
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    """The second "a.wav" becomes "a.wav (2)": inside of Parquet files, clips may share a name."""
-    distinct, tries = {}, Counter()
-    for name in names:
-        free = name
-        while free in distinct:
-            tries[name] += 1
-            free = f"{name} ({tries[name] + 1})"
-        distinct[free] = None
-    return list(distinct)
-
-
 def write_scores(scores: Scores, path: str | Path) -> Path:
     """Write a score file; probabilities have the seven digits of single precision."""
     clip_columns = {"path": scores.paths, "fold": scores.folds}
@@ -190,7 +171,7 @@ def concatenate_scores(parts: Sequence[Scores]) -> Scores:
         for name in ("paths", "labels", "folds")
     }
     values = np.concatenate([_columns(part, first.names) for part in parts])
-    columns["paths"] = _distinct(columns["paths"])
+    columns["paths"] = distinct(columns["paths"])
     return replace(first, values=values, **columns)
 
 

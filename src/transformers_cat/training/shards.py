@@ -19,7 +19,7 @@ import pyarrow
 import soundfile
 from datasets import Audio, Dataset, DatasetDict, Features, concatenate_datasets
 
-from .data import audio_problem, clip_name, decode_clip
+from .clips import audio_problem, clip_name, decode_clip
 
 SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.arrow")
 ROWS_PER_WRITE = 16  # all that a writer keeps in memory
