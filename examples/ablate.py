@@ -74,11 +74,15 @@ def parts(config) -> dict[str, dict]:
 
 
 def cells(args: argparse.Namespace) -> dict[str, dict[str, tuple[dict, list[str]]]]:
-    """row -> column -> the overrides and further flags of its runs."""
+    """row -> column -> the overrides of its runs, and flags that those of the command line may override."""
     if args.table == "a":
         return {name: {"CAT": (overrides, [])} for name, overrides in CAUSAL_COLUMNS.items()}
     if args.table == "b":
-        return {"from scratch": {"CAT": ({}, [])}, "pre-trained": {"CAT": ({}, ["--init_from", args.init_from])}}
+        plain = ["--muon", "false"]  # which would otherwise train from scratch alone
+        return {
+            "from scratch": {"CAT": ({}, plain)},
+            "pre-trained": {"CAT": ({}, [*plain, "--init_from", args.init_from])},
+        }
     base = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
     if args.table == "e":
         return {name: {"CAT": (overrides, [])} for name, overrides in parts(base).items()}
@@ -103,7 +107,7 @@ def measure_models(args: argparse.Namespace, flags: list[str]) -> dict[str, dict
             overrides = {**json.loads(args.config_overrides), **overrides}
             own = ["--config_name", args.config_name, "--config_overrides", json.dumps(overrides), "--data", args.data]
             results.setdefault(row, {})[column] = cross_validate.main(
-                [*flags, *own, *more, "--output_dir", str(folder)]
+                [*more, *flags, *own, "--output_dir", str(folder)]
             )
     return results
 

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 import cross_validate
+from accelerate import PartialState
 from peers import PEERS, write_peer
 from transformers import AutoConfig, AutoModelForAudioClassification
 
@@ -50,7 +51,8 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     else:
         cat = AutoConfig.from_pretrained(args.config_name, **json.loads(args.config_overrides))
         folder = args.output_dir / "peers" / model
-        peer = write_peer(model, args.max_length_seconds, folder, cat.normalize_volume, cat.whitening)
+        with PartialState().main_process_first():
+            peer = write_peer(model, args.max_length_seconds, folder, cat.normalize_volume, cat.whitening)
         own += ["--config_name", str(peer)]
     rates, tuning, reported = args.learning_rates, {}, args.folds
 
@@ -69,6 +71,7 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     mean, deviation = mean_and_deviation(list(folds.values()))
     one = cross_validate.run_folder(folder, next(iter(summary["seeds"])), reported[0])
     return {
+        "metric": summary["metric"],
         "learning_rate": f"{best:g}",
         "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
         "seeds": len(seeds),
@@ -109,15 +112,18 @@ def main(argv: list[str] | None = None) -> dict:
         The content of `results.json`.
     """
     args, flags = parse_arguments(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    own = {key: value for key, value in vars(args).items() if key not in ("models", "seeds", "output_dir")}
-    remember({**own, "flags": flags}, args.output_dir / "flags.json")
-    path = args.output_dir / "results.json"
+    state, path = PartialState(), args.output_dir / "results.json"
+    if state.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        own = {key: value for key, value in vars(args).items() if key not in ("models", "seeds", "output_dir")}
+        remember({**own, "flags": flags}, args.output_dir / "flags.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results |= {model: measure(model, args, flags) for model in args.models}
-    write_results(args.output_dir, results, table(results))
-    means = {model: {"accuracy": (own["mean"], own["deviation"])} for model, own in results.items()}
-    plot_means(means, args.output_dir / "table.png", "accuracy, %")
+    if state.is_main_process:
+        write_results(args.output_dir, results, table(results))
+        metric = results[args.models[0]]["metric"]
+        means = {model: {metric: (own["mean"], own["deviation"])} for model, own in results.items()}
+        plot_means(means, args.output_dir / "table.png", f"{metric}, %")
     return results
 
 

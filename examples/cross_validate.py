@@ -22,12 +22,13 @@ predictions of all their folds together, with per-class scores and a confusion m
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import run_audio_classification as run
 from accelerate import PartialState
 from datasets import DatasetDict
 
-from transformers_cat.training import label_names, main_metric, read_scores, write_predictions
+from transformers_cat.training import is_multi_label, label_names, main_metric, read_scores, write_predictions
 from transformers_cat.training.protocol import (
     comparability,
     markdown_table,
@@ -36,7 +37,7 @@ from transformers_cat.training.protocol import (
     refuse_reshuffled_folds,
     summarise,
 )
-from transformers_cat.training.report import remember, write_json
+from transformers_cat.training.report import data_fingerprint, remember, write_json
 from transformers_cat.training.scores import concatenate_scores
 
 OWN_FLAGS = "--test_folds, --validation_folds, --seed and --load_best_model_at_end"
@@ -54,8 +55,19 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     return parser.parse_known_args(argv)
 
 
-def given_folds(flags: list[str], output_dir: Path, choose_epoch: bool = False) -> tuple[list[int], str | None, int]:
-    """The folds of the data (none where they come in splits), their folder if they are one, the number of classes."""
+class Given(NamedTuple):
+    """What the data are: their folds (none where they come in splits), their folder if they are one, their classes;
+    and what tells them and the model's configuration from others."""
+
+    folds: list[int]
+    folder: str | None
+    num_classes: int
+    multi_label: bool
+    identity: dict
+
+
+def given(flags: list[str], output_dir: Path, choose_epoch: bool = False) -> Given:
+    """Look at the data and the configuration that the flags name, and refuse flags that cross-validation sets."""
     model_args, data_args, args = run.parse_arguments([*flags, "--output_dir", str(output_dir), "--do_train"])
     if data_args.test_folds or data_args.validation_folds or args.load_best_model_at_end or args.seed:
         raise ValueError(
@@ -64,12 +76,16 @@ def given_folds(flags: list[str], output_dir: Path, choose_epoch: bool = False) 
     if choose_epoch and (lacking := run.choice_lacks(args)):
         raise ValueError(f"--choose_epoch needs {lacking}")
     loaded = run.load_data(data_args, model_args)
+    folds, some = [], loaded
     if isinstance(loaded, DatasetDict):
-        return [], data_args.data, len(label_names(next(iter(loaded.values()))))
-    if "fold" not in loaded.column_names:
+        some = next(iter(loaded.values()))
+    elif "fold" not in loaded.column_names:
         raise ValueError("The data have neither folds nor a test split: add a column `fold` to their CSV file")
-    refuse_reshuffled_folds(loaded)
-    return sorted(set(loaded["fold"][:])), data_args.data, len(label_names(loaded))
+    else:
+        refuse_reshuffled_folds(loaded)
+        folds = sorted(set(loaded["fold"][:]))
+    identity = {"fingerprint": data_fingerprint(loaded), **run.configuration(run.load_config(model_args))}
+    return Given(folds, data_args.data, len(label_names(some)), is_multi_label(some), identity)
 
 
 def check_folds(args: argparse.Namespace, existing: list[int]) -> None:
@@ -158,14 +174,17 @@ def main(argv: list[str] | None = None) -> dict:
         The content of `summary.json`.
     """
     args, flags = parse_arguments(argv)
-    existing, data, num_classes = given_folds(flags, args.output_dir, args.choose_epoch)
-    check_folds(args, existing)
-    folds = args.folds or existing or [None]
-    note = "The given test split." if folds == [None] else comparability(data, folds, existing, num_classes)
+    data = given(flags, args.output_dir, args.choose_epoch)
+    check_folds(args, data.folds)
+    folds = args.folds or data.folds or [None]
+    note = "The given test split."
+    if folds != [None]:
+        note = comparability(data.folder, folds, data.folds, data.num_classes)
     state = PartialState()
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        remember({"flags": flags, "choose_epoch": args.choose_epoch}, args.output_dir / "flags.json")
+        own = {"flags": flags, "choose_epoch": args.choose_epoch, **data.identity}
+        remember(own, args.output_dir / "flags.json")
         print(note)
     for seed in args.seeds:
         for fold in folds:
@@ -173,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
             if (folder / "results.json").exists():
                 continue
             own = ["--output_dir", str(folder), "--seed", str(seed), "--do_train", "--do_eval"]
-            run.main([*flags, *own, *fold_flags(fold, existing, args.choose_epoch)])
+            run.main([*flags, *own, *fold_flags(fold, data.folds, args.choose_epoch)])
     state.wait_for_everyone()  # the main process writes the results of the last run after the others have left it
     summary = summarise_runs(args.output_dir, args.seeds, folds, note)
     if state.is_main_process:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import pipeline
 
-from transformers_cat.training import decode_audio, label_names, load_audio_dataset, without_only_split
+from transformers_cat.training import as_multi_label, decode_audio, label_names, load_audio_dataset
 from transformers_cat.training.protocol import markdown_table
 from transformers_cat.training.report import write_results
 
@@ -39,16 +39,18 @@ def models(runs: Path) -> list[Path]:
 
 
 def clips_of(data: str, label: str) -> Dataset:
-    """The clips of one class.
+    """The clips of one class, of all splits.
 
     Raises:
         ValueError: there is no such class.
     """
-    clips = without_only_split(load_audio_dataset(data))
+    loaded = load_audio_dataset(data)
+    clips = concatenate_datasets(list(loaded.values())) if isinstance(loaded, DatasetDict) else loaded
     names = label_names(clips)
     if label not in names:
         raise ValueError(f"{data} has no class {label!r}, only {names}")
-    return clips.select(np.flatnonzero(np.asarray(clips.with_format(None)["label"][:]) == names.index(label)))
+    rows = as_multi_label(clips).with_format(None)["label"][:]
+    return clips.select([i for i, own in enumerate(rows) if names.index(label) in own])
 
 
 def answers(model: Path, clips: Dataset, expected: str, overrides: dict) -> dict[str, int]:

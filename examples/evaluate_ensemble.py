@@ -74,9 +74,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_clips(args: argparse.Namespace) -> Dataset:
+def choose_clips(loaded: Dataset | DatasetDict, args: argparse.Namespace) -> Dataset:
     """The clips to evaluate on."""
-    loaded = load_audio_dataset(args.data)
     if isinstance(loaded, DatasetDict):
         if args.split not in loaded:
             raise ValueError(f"The data have no split {args.split!r}, only {list(loaded)}; choose one with --split")
@@ -84,12 +83,13 @@ def load_clips(args: argparse.Namespace) -> Dataset:
     return split_folds(loaded, args.test_folds)["test"] if args.test_folds else loaded
 
 
-def refuse_training_clips(model: Path, data: str, clips: Dataset) -> None:
+def refuse_training_clips(model: Path, loaded: Dataset | DatasetDict, clips: Dataset) -> None:
     """Refuse what the model was trained on, where the `results.json` of its run is beside it.
 
     Args:
         model: folder of the model, or an id on the Hub, of which nothing is known.
-        data: where the clips are from: the folds that a run on the same data did not hold out are refused.
+        loaded: the data that the clips are from: the folds that a run on the same data, or on what was prepared of
+            them, did not hold out are refused.
         clips: the clips to evaluate on; from anywhere, if they are just those of the training.
 
     Raises:
@@ -101,11 +101,10 @@ def refuse_training_clips(model: Path, data: str, clips: Dataset) -> None:
     if not arguments.get("training", {}).get("do_train"):
         return
     trained = arguments["data"]
-    source = trained["data"] or trained["dataset_name"] or trained["train_file"]
-    if "fold" in clips.column_names and Path(source).resolve() == Path(data).resolve():
+    if "fold" in clips.column_names and run.get("source") == data_fingerprint(loaded, sizes=False):
         held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
         if folds := sorted(set(clips["fold"][:]) - held_out):
-            raise ValueError(f"{model} was trained on the folds {folds} of {data}; choose others by --test_folds")
+            raise ValueError(f"{model} was trained on the folds {folds} of these data; choose others by --test_folds")
     if run["fingerprints"].get("train") == data_fingerprint(clips):
         raise ValueError(f"{model} was trained on these clips")
 
@@ -153,9 +152,12 @@ def main(argv: list[str] | None = None) -> dict:
         For each member and for "ensemble", what `measure` gives.
     """
     args = parse_arguments(argv)
-    clips = load_clips(args) if args.data else None
-    for model in args.models:
-        refuse_training_clips(Path(model), args.data, clips)
+    clips = None
+    if args.data:
+        loaded = load_audio_dataset(args.data)
+        clips = choose_clips(loaded, args)
+        for model in args.models:
+            refuse_training_clips(Path(model), loaded, clips)
     members = align_scores(collect(args, clips))
     average = average_scores(members)
     problem_type = args.problem_type or average.problem_type

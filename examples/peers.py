@@ -36,6 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 
 from transformers_cat import CATFeatureExtractor
 from transformers_cat.configuration_cat import LOG_OFFSET
+from transformers_cat.training.metrics import MULTI_LABEL
 
 BINS = 64
 SILENCE = math.log(1.1 * LOG_OFFSET)  # log power that digital silence stays below
@@ -159,9 +160,11 @@ class PeerForAudioClassification(PreTrainedModel):
             module.reset_parameters()
 
     def forward(self, input_values, attention_mask=None, labels=None, **kwargs) -> SequenceClassifierOutput:
-        """`labels`: (B,) class indices, or (B, num_labels) probabilities."""
+        """`labels`: (B,) class indices, or (B, num_labels) probabilities; for several labels a clip, the latter."""
         logits = self.classifier(self.peer(input_values).pooler_output)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        several = self.config.problem_type == MULTI_LABEL
+        objective = nn.functional.binary_cross_entropy_with_logits if several else nn.functional.cross_entropy
+        loss = None if labels is None else objective(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -184,10 +187,12 @@ def write_peer(
         The folder.
 
     Raises:
-        ValueError: There is no such peer.
+        ValueError: There is no such peer, or it needs a length.
     """
     if kind not in PEERS:
         raise ValueError(f"There is no peer {kind!r}, only {', '.join(PEERS)}")
+    if kind != "cnn" and not seconds > 0:
+        raise ValueError(f"{kind} sees clips of one length: give it, instead of {seconds}, by --max_length_seconds")
     arguments = {"filters": ["mel"], "window_lengths": [800], "hop_lengths": [320], "num_bins": BINS}
     extractor = CATFeatureExtractor(**arguments, normalize_volume=normalize_volume, whitening=whitening)
     num_frames = round(seconds * extractor.sampling_rate / extractor.frame_shift)

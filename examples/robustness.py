@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import peers  # noqa: F401  registers the models that compare_models.py writes with transformers
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
@@ -93,13 +93,15 @@ def heard(
     return Scores.of(clips, probabilities(logits.float().numpy(), SINGLE_LABEL), names)
 
 
-def tested_clips(runs: Path, dataset: Dataset) -> dict[Path, Dataset]:
+def tested_clips(runs: Path, dataset: Dataset | DatasetDict) -> dict[Path, Dataset]:
     """The folder of each finished run of a cross-validation, and the clips that it was tested on.
 
     Raises:
         FileNotFoundError: `runs` holds none.
-        ValueError: clips have several labels.
+        ValueError: clips have several labels, or come in splits instead of folds.
     """
+    if isinstance(dataset, DatasetDict):
+        raise ValueError(f"The data come in the splits {list(dataset)}; the models of folds hear the clips of folds")
     if is_multi_label(dataset):
         raise ValueError("The clips have several labels; the accuracy is that of clips with one")
     finished = sorted(runs.glob("seed*/fold*/results.json"))

@@ -282,10 +282,14 @@ class RecipeArguments(TrainingArguments):
 
 @dataclass
 class Clips:
-    """The clips of a run: `splits` has train, validation and test as far as they exist, without what was `skipped`."""
+    """The clips of a run: `splits` has train, validation and test as far as they exist, without what was `skipped`.
+
+    `source` is the fingerprint of the data that they are from, whether recordings or what was prepared of them.
+    """
 
     splits: DatasetDict
     skipped: list[str]
+    source: str
 
     @property
     def some(self) -> Dataset:
@@ -321,6 +325,11 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     splits = _split(loaded, data_args, args)
     if others and "train" in splits:
         splits["train"] = without_recordings_of(splits["train"], others)
+        if not len(splits["train"]):
+            raise ValueError(
+                f"--leave_out_recordings_of {data_args.leave_out_recordings_of} leaves nothing to train on: it holds "
+                "the recordings of all clips"
+            )
     limits = {"train": data_args.max_train_samples}
     for name, split in splits.items():
         limit = limits.get(name, data_args.max_eval_samples)
@@ -330,7 +339,7 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
         if data_args.check_audio:
             splits[name], unreadable = validate_audio_files(split, data_args.on_bad_audio)
             skipped += unreadable
-    return Clips(splits, skipped)
+    return Clips(splits, skipped, data_fingerprint(loaded, sizes=False))
 
 
 def load_data(
@@ -375,7 +384,7 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
     if isinstance(loaded, DatasetDict):
         if folds:
             raise ValueError(f"The data come with the splits {list(loaded)}: leave out the folds")
-        splits = _named_splits(loaded, data_args)
+        splits = _named_splits(loaded, data_args, args.do_train)
     elif folds:
         splits = split_folds(loaded, data_args.test_folds or (), data_args.validation_folds or ())
     elif args.do_train or "fold" in loaded.column_names:
@@ -396,14 +405,16 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
     return splits
 
 
-def _named_splits(loaded: DatasetDict, data_args: DataArguments) -> DatasetDict:
-    """Those that are there; an error about one that was asked for by name and is not."""
+def _named_splits(loaded: DatasetDict, data_args: DataArguments, do_train: bool) -> DatasetDict:
+    """Those that are there, and none twice; an error about one that was asked for by name and is not."""
     train, test = data_args.train_split_name, data_args.eval_split_name
     for flag, name in (("--train_split_name", train), ("--eval_split_name", test)):
         if name not in (None, "train", *loaded):
             raise ValueError(f"The data have no split {name!r}, only {list(loaded)}; choose one with {flag}")
     test = test or ("test" if "test" in loaded else "validation")
-    names = {"train": train, "test": test, "validation": "validation" if test != "validation" else None}
+    names = {"test": test, "validation": "validation" if test != "validation" else None}
+    if do_train:  # what is trained on neither tests nor chooses the epoch
+        names = {"train": train} | {split: name for split, name in names.items() if name != train}
     return DatasetDict({split: loaded[name] for split, name in names.items() if name in loaded})
 
 
@@ -533,6 +544,7 @@ def collect_results(
         "clips": {name: len(split) for name, split in clips.splits.items()},
         "skipped": clips.skipped,
         "fingerprints": {name: data_fingerprint(split) for name, split in clips.splits.items()},
+        "source": clips.source,
         "labels": [config.id2label[i] for i in range(config.num_labels)],
         "config": config.to_dict(),
         "arguments": {"model": model, "data": asdict(data_args), "training": args.to_dict()},
@@ -623,14 +635,20 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def training_settings(
-    model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, clips: Clips
+    model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, clips: Clips, config: PreTrainedConfig
 ) -> dict:
-    """What decides the training: arguments by their names, and the fingerprints of the clips that have a say in it."""
+    """What decides the training: arguments by their names, fingerprints of the clips that have a say, the model."""
     given = {**asdict(model_args), **asdict(data_args), **args.to_dict()}
     incidental = INCIDENTAL if args.load_best_model_at_end else INCIDENTAL + EVALUATION
     settings = {name: value for name, value in given.items() if not name.startswith(incidental)}
     fingerprints = {name: data_fingerprint(split) for name, split in clips.splits.items() if name != "test"}
-    return {**settings, "fingerprints": fingerprints}
+    return {**settings, "fingerprints": fingerprints, **configuration(config)}
+
+
+def configuration(config: PreTrainedConfig) -> dict:
+    """What a configuration says of the model, by "config.<name>"; not where it is from and what wrote it."""
+    values = config.to_dict()
+    return {f"config.{name}": values[name] for name in values if name not in ("_name_or_path", "transformers_version")}
 
 
 def remember_training(settings: dict, checkpoint: str | None, output_dir: str | Path) -> None:
@@ -754,6 +772,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = load_config(model_args)
     from_scratch = model_args.model_name_or_path is None
     names = choose_labels(config, label_names(clips.some), from_scratch, args.do_train)
+    if problem_type == SINGLE_LABEL and len(names) < 2:
+        raise ValueError(
+            f"There is one class alone, {names}: is --data the folder of a class, or above those of splits?"
+        )
     clips.splits = DatasetDict({key: align_labels(split, names) for key, split in clips.splits.items()})
     if problem_type == MULTI_LABEL:
         clips.splits = DatasetDict({key: as_multi_label(split) for key, split in clips.splits.items()})
@@ -798,7 +820,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.do_train:
         checkpoint = checkpoint_to_resume(args)
         if trainer.is_world_process_zero():
-            remember_training(training_settings(model_args, data_args, args, clips), checkpoint, args.output_dir)
+            settings = training_settings(model_args, data_args, args, clips, model.config)
+            remember_training(settings, checkpoint, args.output_dir)
         metrics |= train(trainer, checkpoint)
     if averaging:
         if args.do_eval and clips.reported is not None:

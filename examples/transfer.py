@@ -22,7 +22,7 @@ import run_audio_classification as run
 from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
 
-from transformers_cat.training import load_audio_dataset, without_only_split
+from transformers_cat.training import validate_audio_files
 from transformers_cat.training.probe import embed, linear_probe
 from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
 from transformers_cat.training.report import remember, write_json
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--source", required=True, help="folder or CSV file to train on, all of it")
+    parser.add_argument("--source", required=True, help="folder or CSV file to train on: all, or its split `train`")
     parser.add_argument("--data", required=True, help="folder or CSV file with folds to transfer to")
     parser.add_argument("--config_name", required=True, help="the model, trained from scratch on the source")
     parser.add_argument("--config_overrides", help="JSON that replaces values of its configuration")
@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
 
 
 def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> None:
-    """Train on every clip of the source."""
+    """Train on every clip of the source or, where it comes in splits, on those for training."""
     own = ["--data", args.source, "--config_name", args.config_name, "--output_dir", str(folder), "--seed", str(seed)]
     for name in ("config_overrides", "init_from"):
         if getattr(args, name):
@@ -66,10 +66,13 @@ def objective(args: argparse.Namespace) -> str:
     return json.dumps({name: getattr(config, name) for name in weights if hasattr(config, name)})
 
 
-def probe(source: Path, data: str, path: Path) -> dict[int, float]:
-    """The linear probe's accuracy on each fold of the target."""
+def probe(source: Path, flags: list[str], path: Path) -> dict[int, float]:
+    """The linear probe's accuracy on each fold of the target that the flags name."""
     if not path.exists():
-        dataset = without_only_split(load_audio_dataset(data))
+        model_args, data_args, _ = run.parse_arguments([*flags, "--output_dir", str(path.parent), "--do_train"])
+        dataset = run.load_data(data_args, model_args)
+        if data_args.check_audio:
+            dataset, _ = validate_audio_files(dataset, data_args.on_bad_audio)
         model = AutoModelForAudioClassification.from_pretrained(source)
         latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset)
         write_json(path, linear_probe(latents, dataset["label"][:], dataset["fold"][:]))
@@ -95,14 +98,15 @@ def main(argv: list[str] | None = None) -> dict:
         The content of `summary.json`.
     """
     args, flags = parse_arguments(argv)
-    folds, _, num_classes = cross_validate.given_folds(["--data", args.data, *flags], args.output_dir)
-    if not folds:
-        raise ValueError(f"--data {args.data} has no folds: the transfer is measured by cross-validation")
+    named = ["--data", args.data, "--config_name", args.config_name]
+    target = cross_validate.given([*named, *flags], args.output_dir)
+    if not target.folds or target.multi_label:
+        raise ValueError(f"--data {args.data} needs folds, and clips of one label: on each fold, a probe is measured")
     state = PartialState()
     if state.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         own = {key: value for key, value in vars(args).items() if key not in ("seeds", "output_dir")}
-        remember({**own, "flags": flags}, args.output_dir / "flags.json")
+        remember({**own, "flags": flags, **target.identity}, args.output_dir / "flags.json")
     probed, fine_tuned = {}, {}
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
@@ -110,13 +114,13 @@ def main(argv: list[str] | None = None) -> dict:
         if not (source / "results.json").exists():
             train_source(args, flags, seed, source)
         with state.main_process_first():
-            probed[seed] = probe(source, args.data, folder / "probe.json")
+            probed[seed] = probe(source, ["--data", args.data, *flags], folder / "probe.json")
         own = ["--data", args.data, "--model_name_or_path", str(source), "--ignore_mismatched_sizes"]
         own += ["--config_overrides", objective(args)]
         own += ["--seeds", str(seed), "--output_dir", str(folder / "fine_tuned")]
         fine_tuned[seed] = cross_validate.main([*flags, *own])["seeds"][seed]["folds"]
 
-    note = comparability(args.data, folds, folds, num_classes)
+    note = comparability(args.data, target.folds, target.folds, target.num_classes)
     summary = {"note": note, "linear probe": summarise(probed), "fine-tuned": summarise(fine_tuned)}
     if state.is_main_process:
         write_summary(summary, f"{args.source} to {args.data}", args.output_dir)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ASTConfig, ASTForAudioClassification, Trainer, TrainingArguments
 
 from transformers_cat.causal import (
@@ -642,6 +643,17 @@ def clips(count=4):
 INDEX_LABELS = torch.tensor([0, 3, 1, 4])
 SOFT_LABELS = 0.7 * F.one_hot(INDEX_LABELS, CLASSES) + 0.3 * F.one_hot(INDEX_LABELS.flip(0), CLASSES)
 MULTI_HOT_LABELS = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_module_takes_labels_from_another_device(soft):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            module = CausalModule(tiny_ast(problem_type="single_label_classification"), multi_label=False)
+            inputs = torch.zeros(4, 16, 8)
+        shape = {"size": (4, CLASSES)} if soft else {"size": (4,), "dtype": torch.long}
+        output = module(input_values=inputs, labels=torch.zeros(**shape, device="cpu"))
+        assert output.loss.device.type == output.causal_loss.device.type == "cuda"
 
 
 @pytest.mark.parametrize(

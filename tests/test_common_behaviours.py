@@ -14,14 +14,17 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import prune
 from transformers import GenerationMixin
 from transformers.utils.output_capturing import OutputRecorder
 
-from transformers_cat import CATConfig, CATForAudioClassification, CATModel
+from transformers_cat import CATConfig, CATForAudioClassification, CATModel, modeling_cat
+from transformers_cat.linear import make_plain
 from transformers_cat.mrmf import MRMFSpectrogram
 
 from .conftest import awaken, small_config
@@ -489,6 +492,32 @@ def test_model_parallelism(model_class, tmp_path):
 # Forward
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("spread", [False, True])
+def test_devices_of_labels_and_of_parts(monkeypatch, training, masked, spread):
+    """Labels on the CPU, as AST takes them, and stages on another device: each tensor goes where it is needed."""
+    monkeypatch.setattr(modeling_cat, "transformed", lambda: True)  # there are no values to look at
+    monkeypatch.setattr(CATForAudioClassification, "validate_labels", lambda *_: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda:0"):
+            model = build(CATForAudioClassification, problem_type="single_label_classification").train(training)
+            inputs = {"input_values": torch.zeros(2, FRAMES, 384)}
+            if masked:
+                inputs["attention_mask"] = torch.ones(2, FRAMES)
+        for part in [*model.cat.stages, model.cat.norm, model.classifier] if spread else []:
+            for module in part.modules():
+                for name, value in module.named_parameters(recurse=False):
+                    module._parameters[name] = nn.Parameter(value.detach().to("cuda:1"))
+            add_hook_to_module(part, AlignDevicesHook(execution_device=1, io_same_device=False))
+        if spread:
+            add_hook_to_module(model.reconstruction, AlignDevicesHook(execution_device=0, io_same_device=False))
+        labels = torch.zeros(2, dtype=torch.long, device="cpu")
+        output = model(**inputs, labels=labels, output_pns=True, output_frame_logits=True)
+        assert output.loss.device == output.logits.device == torch.device("cuda", int(spread))
+        assert not training or output.reconstruction_loss.device == output.loss.device
+
+
 def test_determinism(model_class):
     model, inputs = build(model_class), inputs_for(model_class)
     with torch.no_grad():
@@ -808,6 +837,36 @@ def test_causal_loss_and_pns_of_an_adapted_head():
     merged = adapted.merge_and_unload()(**inputs, output_pns=True)
     for name in ("causal_loss", "pns"):
         torch.testing.assert_close(outputs[name], merged[name])
+
+
+@pytest.mark.parametrize("hook", ["input", "output", "pruning", "forward"])
+def test_layers_with_hooks_have_their_gradients(hook):
+    """What a layer computes in the forward pass, whoever has changed it, is what the backward pass is of."""
+    gradients = []
+    for bare in (True, False):
+        model = build(CATForAudioClassification, problem_type="single_label_classification").train()
+        if bare:
+            make_plain(model)
+        for block in (block for stage in model.cat.stages for block in stage.blocks):
+            layer = block.mlp[0]
+            if hook == "input":
+                layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+            elif hook == "output":
+                layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+            elif hook == "pruning":
+                prune.l1_unstructured(layer, "weight", 0.5)
+            else:
+                layer.forward = lambda tokens, own=layer.forward: own(2 * tokens)
+        if bare:  # the plain way: everything is kept
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(modeling_cat, "linear_after", lambda prepare, layer, tokens: layer(prepare(tokens)))
+                model(**inputs_for(CATForAudioClassification, labels=True)).loss.backward()
+        else:
+            model(**inputs_for(CATForAudioClassification, labels=True)).loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_pns_of_a_quantised_head():

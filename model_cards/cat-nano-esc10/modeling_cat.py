@@ -50,7 +50,9 @@ class CATModelOutput(BaseModelOutputWithPooling):
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): The trunk h, `(B, t, f, C)`: as embedded, then as each
             stage passes it on.
         attentions (`tuple(torch.FloatTensor)`, *optional*): For the last block of each stage, `(B * windows, heads,
-            tokens, tokens)`; the first `heads / G` heads read the first filter, and so on.
+            tokens, tokens)`; the first `heads / G` heads read the first filter, and so on. In stages of even depth,
+            but the last, windows begin `shift` tokens into the map, (time, frequency), and those that span an end of it
+            hold the tokens of both ends.
     """
 
     token_mask: torch.BoolTensor | None = None
@@ -967,7 +969,8 @@ class CATModel(CATPreTrainedModel):
             input_values (`torch.Tensor` of shape `(B, T, G * K * F)` or `(B, N)`): Spectrograms or waveforms, as
                 [`CATFeatureExtractor`] returns them with `do_mrmf=True` or `False`. N is not `G * K * F`, some 12 ms.
             attention_mask (`torch.Tensor` of shape `(B, T)` or `(B, N)`, *optional*): 1 where there is audio, 0 on
-                padding. What a clip is padded with, or batched with, does not change its output.
+                padding. What a clip is padded with, or batched with, does not change its output. Without a mask, frames
+                of zeros are padding, but not in training on an accelerator and in what is compiled or traced.
 
         Raises:
             ValueError: `input_values` is missing or empty, or has another shape or type than the above; in evaluation
@@ -985,6 +988,8 @@ class CATModel(CATPreTrainedModel):
             if stage.merging is not None:
                 token_mask = any_of(token_mask, 2)
         tokens = self.norm(trunk)
+        if token_mask is not None:
+            token_mask = token_mask.to(tokens.device)  # where a model is spread over several, the last stage's
         return CATModelOutput(
             last_hidden_state=tokens,
             pooler_output=self.pool(tokens, token_mask),
@@ -1080,6 +1085,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         latents = outputs.pooler_output
         logits = self.classifier(latents)
+        labels = labels.to(logits.device) if isinstance(labels, torch.Tensor) else labels  # or it is refused
         patches = None
         if output_reconstruction or (labels is not None and self.training and self.reconstruction is not None):
             patches = self.reconstruct(outputs)
@@ -1117,8 +1123,10 @@ class CATForAudioClassification(CATPreTrainedModel):
             parts["causal_loss"] = self.causal_loss(outputs.pooler_output, labels)
             loss = loss + self.config.causal_loss_weight * parts["causal_loss"]
         if self.reconstruction is not None:
+            patches = patches.to(outputs.normalized_features.device)
             target = self.spectrograms(outputs.normalized_features)
-            parts["reconstruction_loss"] = self.reconstruction.loss(patches, target, outputs.frame_mask)
+            reconstruction_loss = self.reconstruction.loss(patches, target, outputs.frame_mask)
+            parts["reconstruction_loss"] = reconstruction_loss.to(loss.device)
             loss = loss + self.config.reconstruction_loss_weight * parts["reconstruction_loss"]
         return {"loss": loss, **parts}
 

@@ -379,6 +379,7 @@ class CausalModule(nn.Module):
         if isinstance(output, tuple):
             raise ValueError("The model returned a tuple, which names no logits and no loss: drop `return_dict=False`.")
 
+        targets = targets.to(captured[-1].device)
         # transformers' own loss takes class indices only; mixed-up classes need their probabilities.
         classification = F.cross_entropy(output["logits"].float(), targets) if soft_classes else output["loss"]
         losses = {"loss": classification, "classification_loss": classification}

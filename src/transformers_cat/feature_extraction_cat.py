@@ -56,7 +56,8 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
             without whitening, as `AudioCollator` does.
         do_mrmf (`bool`, defaults to `True`): `False` returns padded waveforms, and the model computes the same
             spectrograms on its own device.
-        padding_value (`float`, defaults to 0): Value of masked frames and samples; the model never looks at it.
+        padding_value (`float`, defaults to 0): Value of masked frames and samples. With the mask, the model never
+            looks at it; without, frames of 0 are what it takes for padding.
         return_attention_mask (`bool`, defaults to `True`): Without a mask nobody can tell padding from silence.
 
     `feature_size` is G * K * F with `do_mrmf`, else 1; it follows from the other arguments.

@@ -84,16 +84,22 @@ class CATLinear(nn.Linear):
         return linear(tokens, self.weight, self.bias)
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class does: no subclass, no hooks (as pruning has), no other `forward`."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return type(layer) in (CATLinear, nn.Linear) and not hooked
+
+
 def linear_after(
     prepare: Callable[[torch.Tensor], torch.Tensor], layer: nn.Module, tokens: torch.Tensor
 ) -> torch.Tensor:
     """`layer(prepare(tokens))`, for which training keeps the tokens, but not what is made of them for the layer.
 
     The backward pass makes that again, which is cheap for a norm or an activation; the layer's product is not computed
-    twice. Of an adapter's layer, which keeps more than its input, it would be; so that is computed as usual, as is what
-    is compiled, where the compiler decides what to keep, and what torch.func transforms.
+    twice. Of an adapter's layer, or one with hooks, which may keep more than its input, it would be; so that is
+    computed as usual, as is what is compiled, where the compiler decides what to keep, and what torch.func transforms.
     """
-    if type(layer) not in (CATLinear, nn.Linear) or not torch.is_grad_enabled() or transformed():
+    if not is_bare(layer) or not torch.is_grad_enabled() or transformed():
         return layer(prepare(tokens))
     calls = count()
 

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import DatasetDict
 
 from transformers_cat import CATConfig, CATForAudioClassification
 from transformers_cat.training import read_scores
@@ -87,6 +89,21 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     assert again["mean"] == pytest.approx(summary["mean"])
     with pytest.raises(ValueError, match="holds runs with other flags"):
         script.main(flags(folder, tmp_path, "--folds", "1", "--learning_rate", "1"))
+    # Nor is what has changed under the same name mixed with it: the configuration, the clips.
+    command = flags(folder, tmp_path, "--folds", "1", "2")
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    settings = json.loads((tmp_path / "flags.json").read_text())
+    settings["flags"] = [part.replace(str(folder), str(changed)) for part in settings["flags"]]
+    (tmp_path / "flags.json").write_text(json.dumps(settings))
+    command = flags(changed, tmp_path, "--folds", "1", "2")
+    script.main(command)
+    (changed / "config.json").write_text(json.dumps({**CONFIG, "whitening": 0.5}))
+    with pytest.raises(ValueError, match=r"'config.whitening': \(0.0, 0.5\)"):
+        script.main(command)
+    (changed / "config.json").write_text(json.dumps(CONFIG))
+    soundfile.write(changed / "low0.wav", np.zeros(999), RATE)
+    with pytest.raises(ValueError, match="'fingerprint': "):
+        script.main(command)
     assert len(started) == 1
 
 
@@ -176,6 +193,8 @@ def test_robustness(example, folder, tmp_path):
         script.main(command)
     with pytest.raises(SystemExit):
         script.main([*command, "--seconds", "0"])
+    with pytest.raises(ValueError, match=r"come in the splits \['train', 'test'\]"):
+        script.tested_clips(tmp_path / "tones", DatasetDict(dict.fromkeys(("train", "test"))))
 
 
 def test_precisions(example, folder, tmp_path):
@@ -219,6 +238,15 @@ def test_elsewhere(example, folder, tmp_path):
     (results,) = script.main([*command, *expected, *out]).values()
     assert results == [{"low": 2}, {"low": 2}]
     assert "| 2 | 2 | 2 | 2 to 2 |  |" in (tmp_path / "out" / "table.md").read_text()
+    # Clips in splits, with several labels.
+    for split in ("train", "test"):
+        for name in ("hum", "hiss"):
+            (tmp_path / "splits" / split / name).mkdir(parents=True)
+    for name, label, i, split in (("hum", "low", 0, "train"), ("hum", "low", 1, "test"), ("hiss", "high", 0, "test")):
+        shutil.copy(folder / f"{label}{i}.wav", tmp_path / "splits" / split / name)
+    assert len(script.clips_of(str(tmp_path / "splits"), "hum")) == 2
+    (tmp_path / "several.csv").write_text(f"audio,label\n{folder}/low0.wav,hum;hiss\n{folder}/high0.wav,hiss\n")
+    assert [len(script.clips_of(str(tmp_path / "several.csv"), name)) for name in ("hum", "hiss")] == [1, 2]
     command[1] = str(runs / "seed0" / "fold1")
     deaf = ("--feature_extractor_overrides", '{"log_offset": 1000000.0}')
     for more, alike in (((), False), (deaf, True)):
@@ -265,7 +293,13 @@ def test_publish(example, folder, tmp_path):
 
 
 def test_transfer(example, folder, tmp_path):
-    command = flags(folder, tmp_path, "--source", str(folder / "others.csv"))
+    for name in ("clips", "others"):  # with a column of another name
+        text = (folder / f"{name}.csv").read_text().replace("audio,label", f"{folder}/audio,sound", 1)
+        rows = [f"{folder}/{row}" for row in text.splitlines()[1:]]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["audio,sound,fold", *rows]))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    renamed = ("--label_column_name", "sound")
+    command = flags(tmp_path, tmp_path, "--source", str(tmp_path / "others.csv"), *renamed)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}
@@ -331,6 +365,20 @@ def test_ablation_table(example, folder, tmp_path):
         run = json.loads((tmp_path / name / "seed0" / "fold1" / "results.json").read_text())
         assert float(row["loss"]) == run["metrics"]["eval_loss"] and line.endswith(f" {float(row['loss']):.2f} |")
         assert run["config"]["causal_loss_weight"] == run["config"]["reconstruction_loss_weight"] == weight
+
+
+def test_both_rows_of_table_b_have_one_optimizer(example, folder, tmp_path, monkeypatch):
+    script = example("ablate")
+    commands = []
+    monkeypatch.setattr(script.cross_validate, "main", commands.append)
+    for more, expected in (([], False), (["--muon", "true"], True)):
+        commands.clear()
+        named = {"config_name": str(folder), "config_overrides": "{}", "data": str(folder), "output_dir": tmp_path}
+        script.measure_models(SimpleNamespace(table="b", init_from="SWIN", **named), ["--folds", "1", *more])
+        given = [[*script.cross_validate.parse_arguments(command)[1], "--output_dir", "x"] for command in commands]
+        parsed = [script.cross_validate.run.parse_arguments([*command, "--do_train"]) for command in given]
+        assert [args.muon for *_, args in parsed] == [expected] * 2
+        assert [model_args.init_from for model_args, *_ in parsed] == [None, "SWIN"]
 
 
 def test_an_ablation_of_transfer_has_no_loss(example):
@@ -437,3 +485,12 @@ def test_peers_read_long_clips_in_pieces_and_learn_from_soft_labels(example, kin
     assert all(value.grad is not None for name, value in model.named_parameters() if "position" not in name)
     with pytest.raises(ValueError, match="There is no peer 'resnet'"):
         peers.write_peer("resnet", 1.0, "nowhere")
+    if kind != "cnn":
+        with pytest.raises(ValueError, match=f"{kind} sees clips of one length: give it, instead of 0"):
+            peers.write_peer(kind, 0, "nowhere")
+    model.config.problem_type = "multi_label_classification"
+    several = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    output = model.eval()(first, labels=several)
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.binary_cross_entropy_with_logits(output.logits, several)
+    )

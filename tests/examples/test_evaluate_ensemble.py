@@ -96,21 +96,25 @@ def test_folds_are_those_of_data(script, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("run", "flags", "message"),
     [
-        ({"test_folds": [1]}, [], r"was trained on the folds \[2\] of .*; choose others by --test_folds"),
+        ({"test_folds": [1]}, [], r"was trained on the folds \[2\] of these data; choose others by --test_folds"),
         ({"test_folds": [1]}, ["--test_folds", "1"], None),
         ({"test_folds": [3], "validation_folds": [1]}, ["--test_folds", "1"], None),
         ({}, ["--test_folds", "1"], r"on the folds \[1\]"),
-        ({"data": "elsewhere"}, [], "on these clips"),
-        ({"data": "elsewhere"}, ["--test_folds", "1"], None),
+        ({"source": "others"}, [], "on these clips"),
+        ({"source": "others"}, ["--test_folds", "1"], None),
         ({"do_train": False}, [], None),
     ],
 )
 def test_clips_of_the_training_are_refused(script, folder, tmp_path, run, flags, message):
-    """By the folds that the run did not hold out, or by the fingerprint of its training clips."""
-    data = {"data": f"{folder}/clips.csv", "dataset_name": None, "test_folds": None, "validation_folds": None, **run}
+    """By the folds that the run did not hold out, also of a copy, or by the fingerprint of its training clips."""
+    clips = load_audio_dataset(folder / "clips.csv")
     results = {
-        "arguments": {"data": data, "training": {"do_train": True, **run}},
-        "fingerprints": {"train": script.data_fingerprint(load_audio_dataset(folder / "clips.csv"))},
+        "arguments": {
+            "data": {"data": "prepared", "test_folds": None, "validation_folds": None, **run},
+            "training": {"do_train": True, **run},
+        },
+        "fingerprints": {"train": script.data_fingerprint(clips)},
+        "source": run.get("source", script.data_fingerprint(clips, sizes=False)),
     }
     model = shutil.copytree(folder / "cat", tmp_path / "model")
     (model / "results.json").write_text(json.dumps(results))

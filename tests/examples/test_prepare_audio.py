@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers_cat import load_audio
 from transformers_cat.training import label_names, load_audio_dataset
 from transformers_cat.training.clips import decode_audio
+from transformers_cat.training.report import data_fingerprint
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "prepare_audio.py"
 RATE = 32_000
@@ -96,6 +97,22 @@ def test_clips_are_those_of_the_files(prepared, folder):
         expected = load_audio(encoded["audio"]["path"])
         assert encoded["audio"]["bytes"][:4] == b"fLaC"
         np.testing.assert_allclose(row["audio"], expected, atol=2**-15)  # 16 bits
+
+
+def test_source_is_known(prepared, folder):
+    """What is prepared has the fingerprint of the recordings, but for their sizes."""
+    recordings = load_audio_dataset(folder / "clips.csv", on_missing="skip").select(range(7))
+    prepared = load_audio_dataset(prepared[0])
+    assert data_fingerprint(recordings, sizes=False) == data_fingerprint(prepared, sizes=False)
+    assert data_fingerprint(recordings) != data_fingerprint(prepared)
+
+
+def test_what_is_not_complete_is_refused(prepared, tmp_path):
+    """Its splits may be missing, which nothing but the last file tells."""
+    begun = shutil.copytree(prepared[0], tmp_path / "begun")
+    (begun / "report.json").unlink()
+    with pytest.raises(FileNotFoundError, match="begun is not complete: run the command that prepares it again"):
+        load_audio_dataset(begun)
 
 
 def test_memory_is_mapped(prepared):

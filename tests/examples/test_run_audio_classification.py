@@ -329,7 +329,7 @@ def settings(script, folder, tmp_path):
         model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train", *flags))
         clips = script.load_clips(data_args, model_args, args)
         args = script.prepare_evaluation(args, clips, script.SINGLE_LABEL)
-        return script.training_settings(model_args, data_args, args, clips)
+        return script.training_settings(model_args, data_args, args, clips, script.load_config(model_args))
 
     return settings
 
@@ -343,6 +343,7 @@ CHOSEN = "--validation_folds 2"
         ("", "--learning_rate 1", "learning_rate"),
         ("", "--num_train_epochs 3", "num_train_epochs"),
         ("", "--config_overrides {}", "config_overrides"),
+        ("", '--config_overrides {"whitening":0.5}', "config_overrides config.whitening"),
         ("", "--speed 1", "speed"),
         ("", "--max_train_samples 3", "max_train_samples fingerprints"),
         (CHOSEN, "--validation_folds 3", "validation_folds fingerprints"),
@@ -704,6 +705,13 @@ class TestClips:
             (["validation", "test"], ["--do_eval", "--model_name_or_path", "x"], ["test", "validation"]),
             (["train", "validation", "test"], ["--do_train"], ["train", "test", "validation"]),
             (["train", "validation", "test"], ["--do_train", "--eval_split_name", "validation"], ["train", "test"]),
+            (["train", "validation", "test"], ["--do_train", "--train_split_name", "validation"], ["train", "test"]),
+            (
+                ["train", "validation"],
+                ["--do_train", "--train_split_name", "validation", "--do_eval"],
+                "Nothing is held",
+            ),
+            (["train", "test"], ["--do_eval", "--eval_split_name", "train", "--model_name_or_path", "x"], ["test"]),
             (["validation", "test"], ["--do_train"], "Every fold or split is held out"),
             (["train", "balanced_train"], ["--do_train"], "Nothing is held out"),
         ],
@@ -717,6 +725,14 @@ class TestClips:
                 script._split(loaded, data_args, args)
         else:
             assert list(script._split(loaded, data_args, args)) == splits
+
+
+def test_one_class_is_no_task(script, folder, tmp_path):
+    (tmp_path / "clips.csv").write_text(f"audio,label\n{folder}/low0.wav,low\n{folder}/low1.wav,low\n")
+    command = arguments(folder, tmp_path, "--do_train", "--eval_strategy", "no")
+    command[command.index("--data") + 1] = f"{tmp_path}/clips.csv"
+    with pytest.raises(ValueError, match=r"one class alone, \['low'\]: is --data the folder of a class"):
+        script.main(command)
 
 
 class TestLabels:

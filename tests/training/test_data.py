@@ -287,6 +287,14 @@ class TestCSV:
         with pytest.raises(ValueError, match=r"t\.csv is not UTF-8 text .* save it as UTF-8"):
             read_csv(path)
 
+    @pytest.mark.parametrize("again", ["../{folder}/a.wav", "{path}"])
+    def test_a_clip_by_two_paths_is_listed_twice(self, tmp_path, again):
+        path = write_clip(tmp_path / "a.wav")
+        rows = [("a.wav", "gull", 1), (again.format(folder=tmp_path.name, path=path), "gull", 2)]
+        table = write_table(tmp_path / "t.csv", [("audio", "label", "fold"), *rows])
+        with pytest.raises(ValueError, match=r"lists .*a\.wav twice; give a clip one row"):
+            read_csv(table)
+
     def test_byte_order_mark_is_no_part_of_the_first_column(self, tmp_path):
         write_clip(tmp_path / "a.wav")
         path = tmp_path / "t.csv"
@@ -420,6 +428,13 @@ class TestHub:
         with pytest.raises(ValueError, match=r"train: clip number 2 has no label"):
             data._with_class_labels({"train": part})
 
+    @pytest.mark.parametrize("value", ["int64", "float32", "bool", "string"])
+    def test_places_of_classes_are_no_labels(self, value):
+        rows = np.array([[0, 1, 0], [1, 1, 1]]).astype(value if value != "string" else str).tolist()
+        part = Dataset.from_dict({"label": rows}, features=datasets.Features({"label": List(Value(value))}))
+        with pytest.raises(ValueError, match="a label twice, as in lists of 0 and 1 with a place for each class"):
+            data._with_class_labels({"train": part})
+
     def test_class_labels_are_kept(self):
         feature = ClassLabel(names=["z", "a"])
         part = Dataset.from_dict({"label": [0, 1]}).cast_column("label", feature)
@@ -490,6 +505,14 @@ class TestAlignLabels:
         dataset = Dataset.from_dict({"audio": ["x", "y"], "label": [[0, 1], []]})
         dataset = dataset.cast_column("label", List(ClassLabel(names=["a", "b"])))
         assert align_labels(dataset, ["b", "a"])["label"][:] == [[1, 0], []]
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_no_label_is_not_the_last_class(self, several):
+        feature = ClassLabel(names=["a", "b"])
+        features = datasets.Features({"label": List(feature) if several else feature})
+        dataset = Dataset.from_dict({"label": [[-1] if several else -1]}, features=features)
+        with pytest.raises(ValueError, match="clips without a label, which is stored as -1"):
+            align_labels(dataset, ["b", "a"])
 
     def test_unknown_class(self):
         dataset = Dataset.from_dict({"label": [0]}).cast_column("label", ClassLabel(names=["a"]))

@@ -118,6 +118,11 @@ def test_several_labels():
         scores.metrics(SINGLE)
 
 
+def test_a_class_may_have_the_separator_in_its_name(tmp_path):
+    scores = Scores(["x", "y"], ["rock;pop", "jazz"], np.eye(2), labels=[["rock;pop"], ["jazz"]])
+    assert read_scores(write_scores(scores, tmp_path / "scores.csv")).labels == scores.labels
+
+
 def test_unknown_labels():
     with pytest.raises(ValueError, match="no class of the scores: gnu"):
         replace(ONE, labels=[["gnu"]] * 3).targets()

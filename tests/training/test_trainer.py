@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -96,6 +97,23 @@ def test_smoothed_labels_of_an_adapted_model(make_trainer):
     trainer.train()
     (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert "causal_loss" in logged and logged["reconstruction_loss"] > 0.5
+
+
+def test_spectrograms_on_the_device_of_an_adapted_model(make_trainer):
+    """Also with the arguments' default for the columns of the clips, which are the collator's."""
+    peft = pytest.importorskip("peft")
+    whole = make_trainer(do_mrmf=False, augmentation=OFF)
+    whole.args.remove_unused_columns = True
+    trainer = AudioTrainer(
+        peft.get_peft_model(whole.model, peft.LoraConfig(r=2, target_modules="all-linear")),
+        whole.args,
+        data_collator=whole.data_collator,
+        eval_collator=whole.eval_collator,
+        spec_augment=SpecAugment(CATFeatureExtractor(), 0, 0),
+        train_dataset=datasets.Dataset.from_list(whole.train_dataset).with_format("numpy"),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_the_data_seed_decides_what_is_drawn(make_trainer):

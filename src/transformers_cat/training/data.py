@@ -167,7 +167,11 @@ def read_csv(
     path = Path(path)
     rows = read_rows(path, (audio_column, label_column))
     paths = [path.parent / row[audio_column] for row in rows]
-    refuse_duplicates(paths, path, f"give a clip one row, and several labels with {LABEL_SEPARATOR!r} between them")
+    refuse_duplicates(
+        map(os.path.abspath, paths),
+        path,
+        f"give a clip one row, and several labels with {LABEL_SEPARATOR!r} between them",
+    )
     kept = existing(paths, on_missing, missing)
     cells = [rows[i][label_column].strip() for i in kept]
     names, labels = _encode_labels([_split_cell(cell) for cell in cells], path)
@@ -285,7 +289,7 @@ def align_labels(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """Renumber the labels so that their ids are positions in `names`, the order that a trained model has.
 
     Raises:
-        ValueError: the data set has a class that `names` lacks.
+        ValueError: the data set has a class that `names` lacks, or clips without a label.
     """
     own, names = label_names(dataset), list(names)
     if own == names:
@@ -295,6 +299,8 @@ def align_labels(dataset: Dataset, names: Sequence[str]) -> Dataset:
         raise ValueError(f"The data set has the classes {unknown[:NAMED_ITEMS]}, unknown among {names[:20]}")
     new_id = [names.index(name) for name in own]
     labels = dataset.with_format(None)["label"][:]
+    if any(i < 0 for row in labels for i in (row if isinstance(row, list) else [row])):
+        raise ValueError("The data set has clips without a label, which is stored as -1: choose another split")
     labels = [[new_id[i] for i in row] if isinstance(row, list) else new_id[row] for row in labels]
     feature = List(ClassLabel(names=names)) if is_multi_label(dataset) else ClassLabel(names=names)
     return _with_labels(dataset, labels, feature)
@@ -482,7 +488,11 @@ def _from_hub(loaded: Dataset | DatasetDict, audio_column: str, label_column: st
 
 
 def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Labels given as text or plain numbers become class labels, with the same ids in every split."""
+    """Labels given as text or plain numbers become class labels, with the same ids in every split.
+
+    Raises:
+        ValueError: a clip has no label, or one of them twice.
+    """
     feature = next(iter(parts.values())).features["label"]
     multi = isinstance(feature, List)
     values = {split: part["label"][:] for split, part in parts.items()}
@@ -494,6 +504,11 @@ def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
             )
     if isinstance(feature.feature if multi else feature, ClassLabel):
         return parts
+    if multi and any(len(set(row)) < len(row) for rows in values.values() for row in rows):
+        raise ValueError(
+            "A clip has a label twice, as in lists of 0 and 1 with a place for each class: store the list of the names "
+            "or numbers of a clip's own classes"
+        )
     flat = [value for rows in values.values() for row in rows for value in (row if multi else [row])]
     names = _sorted_names(str(value) for value in flat)
     id_of = {name: i for i, name in enumerate(names)}

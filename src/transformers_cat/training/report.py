@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, DatasetDict, Value
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -199,7 +199,7 @@ def write_history(log_history: Sequence[dict], path: str | Path) -> Path:
 def write_json(path: str | Path, content: dict) -> Path:
     """Write JSON at once: a reader sees all of the file or, after a crash, none of it."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # each process writes its own
     partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
@@ -291,18 +291,20 @@ def git_state(file: str | Path = __file__) -> dict | None:
         return None
 
 
-def data_fingerprint(dataset: Dataset) -> str:
+def data_fingerprint(data: Dataset | DatasetDict, sizes: bool = True) -> str:
     """SHA-256 over the clips' names, sizes in bytes and labels, in any order: which data a run saw.
 
     Names are those of the files, without their folders, so a copy elsewhere has the same fingerprint. The size of a
-    clip that is stored inside the data set is left out: it would be read for it.
+    clip that is stored inside the data set is left out, since it would be read for it; without `sizes`, that of all, so
+    that data which were prepared have the fingerprint of the recordings.
     """
-    names, multi = label_names(dataset), is_multi_label(dataset)
-    files = dataset.features["audio"] == Value("string")
     lines = []
-    for path, label in zip(clip_names(dataset), dataset.with_format(None)["label"][:]):
-        labels = sorted(names[k] for k in label) if multi else [names[label]]
-        lines.append(json.dumps([Path(path).name, os.path.getsize(path) if files else None, labels]))
+    for dataset in data.values() if isinstance(data, DatasetDict) else [data]:
+        names, multi = label_names(dataset), is_multi_label(dataset)
+        files = sizes and dataset.features["audio"] == Value("string")
+        for path, label in zip(clip_names(dataset), dataset.with_format(None)["label"][:]):
+            labels = sorted(names[k] for k in label) if multi else [names[label]]
+            lines.append(json.dumps([Path(path).name, os.path.getsize(path) if files else None, labels]))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -156,9 +156,14 @@ def read_scores(path: str | Path) -> Scores:
         paths=columns["path"],
         names=names,
         values=values,
-        labels=None if labels is None else [[n for n in cell.split(LABEL_SEPARATOR) if n] for cell in labels],
+        labels=None if labels is None else [_labels_of(cell, names) for cell in labels],
         folds=None if folds is None else [integer(fold, "fold", Path(path)) for fold in folds],
     )
+
+
+def _labels_of(cell: str, names: list[str]) -> list[str]:
+    """The labels in a cell of a score file; the name of a class may have the separator in it."""
+    return [cell] if cell in names else [name for name in cell.split(LABEL_SEPARATOR) if name]
 
 
 def concatenate_scores(parts: Sequence[Scores]) -> Scores:

@@ -61,6 +61,8 @@ def read_shards(folder: str | Path) -> DatasetDict:
     Raises:
         FileNotFoundError: shards are missing, since their writing has not ended.
     """
+    if (Path(folder) / "plan.txt").is_file() and not (Path(folder) / "report.json").is_file():
+        raise FileNotFoundError(f"{folder} is not complete: run the command that prepares it again")
     found = defaultdict(dict)
     for path in sorted(Path(folder).glob("*.arrow")):
         if name := SHARD.fullmatch(path.name):

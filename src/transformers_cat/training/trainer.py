@@ -64,9 +64,9 @@ class AudioTrainer(Trainer):
                 "compute spectrograms without that, with widths of 0 for no masks; or use do_mrmf=True"
             )
         self._smoothing = 0.0
-        adapted = hasattr(self.model, "get_base_model")  # by peft
-        base_model = self.model.get_base_model() if adapted else self.model
-        if self.label_smoother is not None and isinstance(base_model, CATForAudioClassification):
+        # What remains of a row is what the collators need, which is not what the model does.
+        self.args.remove_unused_columns = False
+        if self.label_smoother is not None and isinstance(_without_adapter(self.model), CATForAudioClassification):
             self._smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
@@ -168,7 +168,7 @@ class AudioTrainer(Trainer):
     def _with_masked_features(self, model, inputs: dict) -> dict:
         """Waveforms (B, N) -> what the collator would have made of them: masked spectrograms, on the model's device."""
         inputs = dict(inputs)
-        encoder = self.accelerator.unwrap_model(model).base_model
+        encoder = _without_adapter(self.accelerator.unwrap_model(model)).base_model
         features, mask = encoder.features(
             inputs["input_values"], inputs.pop("attention_mask", None), not self._whitened
         )
@@ -197,6 +197,11 @@ class AudioTrainer(Trainer):
         """Keeps a card that is there: one written from the results of the run says more than the draft made here."""
         if not (Path(self.args.output_dir) / "README.md").exists():
             super().create_model_card(*args, **kwargs)
+
+
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The model that peft has put its adapter around, if it has."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _SetEpoch(TrainerCallback):
