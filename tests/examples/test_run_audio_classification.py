@@ -728,9 +728,8 @@ class TestClips:
 
 
 def test_one_class_is_no_task(script, folder, tmp_path):
-    (tmp_path / "clips.csv").write_text(f"audio,label\n{folder}/low0.wav,low\n{folder}/low1.wav,low\n")
-    command = arguments(folder, tmp_path, "--do_train", "--eval_strategy", "no")
-    command[command.index("--data") + 1] = f"{tmp_path}/clips.csv"
+    (tmp_path / "clips.csv").write_text(f"audio,label,fold\n{folder}/low0.wav,low,1\n{folder}/low1.wav,low,2\n")
+    command = arguments(folder, tmp_path, "--do_train", "--data", f"{tmp_path}/clips.csv")
     with pytest.raises(ValueError, match=r"one class alone, \['low'\]: is --data the folder of a class"):
         script.main(command)
 
@@ -860,7 +859,7 @@ def test_sharded_weights_are_neither_averaged_nor_matrices(script, tmp_path, mon
         args.fsdp = "full_shard"
     else:  # as `accelerate launch --use_fsdp` does, which leaves the arguments as they are
         monkeypatch.setenv("ACCELERATE_USE_FSDP" if "FSDP" in asked else "ACCELERATE_USE_DEEPSPEED", "true")
-    clips = script.Clips(script.DatasetDict(), [])
+    clips = script.Clips(script.DatasetDict(), [], "")
     assert script.prepare_evaluation(args, clips, "single_label_classification").average_last_epochs == 0
     assert not script.choose_muon(args, from_scratch=True)
 
