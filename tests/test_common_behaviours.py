@@ -505,13 +505,12 @@ def test_devices_of_labels_and_of_parts(monkeypatch, training, masked, spread):
             inputs = {"input_values": torch.zeros(2, FRAMES, 384)}
             if masked:
                 inputs["attention_mask"] = torch.ones(2, FRAMES)
-        for part in [*model.cat.stages, model.cat.norm, model.classifier] if spread else []:
+        parts = [*model.cat.stages, model.cat.norm, model.classifier, model.reconstruction]
+        for part in parts if spread else []:
             for module in part.modules():
                 for name, value in module.named_parameters(recurse=False):
                     module._parameters[name] = nn.Parameter(value.detach().to("cuda:1"))
             add_hook_to_module(part, AlignDevicesHook(execution_device=1, io_same_device=False))
-        if spread:
-            add_hook_to_module(model.reconstruction, AlignDevicesHook(execution_device=0, io_same_device=False))
         labels = torch.zeros(2, dtype=torch.long, device="cpu")
         output = model(**inputs, labels=labels, output_pns=True, output_frame_logits=True)
         assert output.loss.device == output.logits.device == torch.device("cuda", int(spread))
@@ -852,7 +851,7 @@ def test_layers_with_hooks_have_their_gradients(hook):
             if hook == "input":
                 layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
             elif hook == "output":
-                layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+                layer.register_forward_hook(lambda module, inputs, output: output.tanh())
             elif hook == "pruning":
                 prune.l1_unstructured(layer, "weight", 0.5)
             else:
