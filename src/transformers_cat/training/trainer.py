@@ -25,7 +25,8 @@ class AudioTrainer(Trainer):
     log, of all processes. Models that do not return them train as with the plain Trainer. Running averages of batch
     norms are means over the processes, so all of them evaluate the same model. The labels that CAT trains with are
     smoothed by `label_smoothing_factor` before it sees them: the plain Trainer takes the labels away from the model to
-    do so, and with them l_c and l_rs. What is evaluated is not smoothed.
+    do so, and with them l_c and l_rs. What is evaluated is not smoothed. The collators get whole rows, whatever
+    `remove_unused_columns` says.
 
     Args:
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
@@ -64,7 +65,6 @@ class AudioTrainer(Trainer):
                 "compute spectrograms without that, with widths of 0 for no masks; or use do_mrmf=True"
             )
         self._smoothing = 0.0
-        # What remains of a row is what the collators need, which is not what the model does.
         self.args.remove_unused_columns = False
         if self.label_smoother is not None and isinstance(_without_adapter(self.model), CATForAudioClassification):
             self._smoothing, self.label_smoother = self.args.label_smoothing_factor, None
