@@ -773,9 +773,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from_scratch = model_args.model_name_or_path is None
     names = choose_labels(config, label_names(clips.some), from_scratch, args.do_train)
     if problem_type == SINGLE_LABEL and len(names) < 2:
-        raise ValueError(
-            f"There is one class alone, {names}: is --data the folder of a class, or above those of splits?"
-        )
+        raise ValueError(f"There is one class alone, {names}: is --data the folder of a class, or above all classes?")
     clips.splits = DatasetDict({key: align_labels(split, names) for key, split in clips.splits.items()})
     if problem_type == MULTI_LABEL:
         clips.splits = DatasetDict({key: as_multi_label(split) for key, split in clips.splits.items()})

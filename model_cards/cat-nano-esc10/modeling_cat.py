@@ -1085,7 +1085,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         outputs = self.cat(input_values, attention_mask=attention_mask, return_dict=True, **kwargs)
         latents = outputs.pooler_output
         logits = self.classifier(latents)
-        labels = labels.to(logits.device) if isinstance(labels, torch.Tensor) else labels  # or it is refused
+        labels = labels.to(logits.device) if isinstance(labels, torch.Tensor) else labels  # a list is refused below
         patches = None
         if output_reconstruction or (labels is not None and self.training and self.reconstruction is not None):
             patches = self.reconstruct(outputs)

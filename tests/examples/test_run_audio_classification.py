@@ -727,6 +727,18 @@ class TestClips:
             assert list(script._split(loaded, data_args, args)) == splits
 
 
+def test_recordings_left_out_may_not_be_all(script, folder, tmp_path):
+    rows = ["audio,label,fold"]
+    for i, label in enumerate(("low", "high")):
+        shutil.copy(folder / f"{label}0.wav", tmp_path / f"1-7-A-{i}.wav")
+        rows.append(f"1-7-A-{i}.wav,{label},{i + 1}")
+    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    table = f"{tmp_path}/clips.csv"
+    command = arguments(folder, tmp_path, "--do_train", "--data", table, "--leave_out_recordings_of", table)
+    with pytest.raises(ValueError, match="leaves nothing to train on: it holds the recordings of all clips"):
+        script.main(command)
+
+
 def test_one_class_is_no_task(script, folder, tmp_path):
     (tmp_path / "clips.csv").write_text(f"audio,label,fold\n{folder}/low0.wav,low,1\n{folder}/low1.wav,low,2\n")
     command = arguments(folder, tmp_path, "--do_train", "--data", f"{tmp_path}/clips.csv")
