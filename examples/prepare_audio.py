@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict
 from transformers_cat.configuration_cat import SAMPLING_RATE
 from transformers_cat.training import load_audio_dataset
 from transformers_cat.training.report import write_json
-from transformers_cat.training.shards import shard_path, write_shard
+from transformers_cat.training.shards import PLAN, REPORT, shard_path, write_shard
 from transformers_cat.training.tables import write_rows
 
 
@@ -40,7 +40,7 @@ def _digest(encoded: bytes) -> str:
 
 def check_plan(folder: Path, plan: str) -> None:
     """Shards of other clips must not be mixed with those to come."""
-    path = folder / "plan.txt"
+    path = folder / PLAN
     if path.is_file() and path.read_text() != plan:
         raise ValueError(f"{folder} holds shards of other clips or of another size; choose another --output_dir")
     path.write_text(plan)
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     listed = sum(len(dataset) for split, dataset in splits.items() if split != "balanced_train") + len(missing)
     counts = {"listed": listed, "missing": len(missing), "unreadable": len(skipped) - len(missing)}
     counts["written"] = listed - len(skipped)
-    write_json(arguments.output_dir / "report.json", counts)
+    write_json(arguments.output_dir / REPORT, counts)  # last: who finds it knows that nothing is missing
     print(counts)
     return counts
 

@@ -294,19 +294,28 @@ def test_publish(example, folder, tmp_path):
 
 def test_transfer(example, folder, tmp_path):
     for name in ("clips", "others"):  # with a column of another name
-        text = (folder / f"{name}.csv").read_text().replace("audio,label", f"{folder}/audio,sound", 1)
-        rows = [f"{folder}/{row}" for row in text.splitlines()[1:]]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["audio,sound,fold", *rows]))
+        _, *rows = (folder / f"{name}.csv").read_text().splitlines()
+        (tmp_path / f"{name}.csv").write_text("\n".join(["audio,sound,fold", *(f"{folder}/{row}" for row in rows)]))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     renamed = ("--label_column_name", "sound")
     command = flags(tmp_path, tmp_path, "--source", str(tmp_path / "others.csv"), *renamed)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}
+    assert {"fingerprint", "config.embed_dim"} <= json.loads((tmp_path / "flags.json").read_text()).keys()
     source = json.loads((tmp_path / "seed0" / "source" / "results.json").read_text())
     assert source["clips"] == {"train": 12}  # all of them
     tuned = json.loads((tmp_path / "seed0" / "fine_tuned" / "seed0" / "fold1" / "results.json").read_text())
     assert tuned["config"]["reconstruction_loss_weight"] == 1  # the saved source has it at 0
+
+
+def test_a_transfer_to_several_labels_is_refused_before_it_begins(example, folder, tmp_path):
+    rows = [f"{folder}/{name}0.wav,low;high,{fold}" for fold, name in enumerate(("low", "high"), 1)]
+    (tmp_path / "several.csv").write_text("\n".join(["audio,label,fold", *rows]))
+    command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--data", f"{tmp_path}/several.csv")
+    with pytest.raises(ValueError, match="needs folds, and clips of one label"):
+        example("transfer").main(command)
+    assert not (tmp_path / "seed0").exists()
 
 
 def test_the_scripts_know_the_peers():

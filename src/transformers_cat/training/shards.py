@@ -23,6 +23,8 @@ from .clips import audio_problem, clip_name, decode_clip
 
 SHARD = re.compile(r"(?P<split>\w+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.arrow")
 ROWS_PER_WRITE = 16  # all that a writer keeps in memory
+# What a folder of shards is begun with, and what it ends with.
+PLAN, REPORT = "plan.txt", "report.json"
 
 
 def shard_path(folder: str | Path, split: str, number: int, count: int) -> Path:
@@ -61,7 +63,7 @@ def read_shards(folder: str | Path) -> DatasetDict:
     Raises:
         FileNotFoundError: shards are missing, since their writing has not ended.
     """
-    if (Path(folder) / "plan.txt").is_file() and not (Path(folder) / "report.json").is_file():
+    if (Path(folder) / PLAN).is_file() and not (Path(folder) / REPORT).is_file():
         raise FileNotFoundError(f"{folder} is not complete: run the command that prepares it again")
     found = defaultdict(dict)
     for path in sorted(Path(folder).glob("*.arrow")):
