@@ -82,6 +82,34 @@ def test_smoothed_labels_keep_all_parts_of_the_loss(make_trainer, mixup):
     assert all(labels.dtype == torch.int64 for labels in seen) and seen
 
 
+class Linear(torch.nn.Module):
+    """Of another kind than CAT: the mean spectrum and a linear layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head = torch.nn.Linear(CATFeatureExtractor().feature_size, config.num_labels)
+
+    def forward(self, input_values, attention_mask=None, labels=None):
+        logits = self.head(input_values.mean(1))
+        loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_smoothed_labels_of_another_model(make_trainer, mixup):
+    """Mixup's probabilities are smoothed, which the plain Trainer cannot; class ids are left to it."""
+    own = make_trainer(label_smoothing_factor=0.2, augmentation={**OFF, "mixup_probability": mixup})
+    collators = {"data_collator": own.data_collator, "eval_collator": own.eval_collator}
+    trainer = AudioTrainer(Linear(own.model.config), own.args, train_dataset=own.train_dataset, **collators)
+    batch = own.data_collator([noise(0), noise(1)])
+    labels = batch["labels"] if mixup else torch.nn.functional.one_hot(batch["labels"], 5).float()
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    logits = trainer.model.head(batch["input_values"].mean(1))
+    smoothed = 0.8 * labels + 0.2 / 5
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, smoothed))
+
+
 def test_smoothed_labels_of_an_adapted_model(make_trainer):
     peft = pytest.importorskip("peft")
     whole = make_trainer()

@@ -23,10 +23,10 @@ class AudioTrainer(Trainer):
 
     The parts (l_theta, l_c and l_rs of eq. 10, without their weights) are means over all micro-batches since the last
     log, of all processes. Models that do not return them train as with the plain Trainer. Running averages of batch
-    norms are means over the processes, so all of them evaluate the same model. The labels that CAT trains with are
-    smoothed by `label_smoothing_factor` before it sees them: the plain Trainer takes the labels away from the model to
-    do so, and with them l_c and l_rs. What is evaluated is not smoothed. The collators get whole rows, whatever
-    `remove_unused_columns` says.
+    norms are means over the processes, so all of them evaluate the same model. The labels that CAT trains with, and any
+    model that trains with mixup, are smoothed by `label_smoothing_factor` before it sees them: the plain Trainer takes
+    the labels away from the model to do so, and with them l_c and l_rs, and knows no labels but class ids. What is
+    evaluated is not smoothed. The collators get whole rows, whatever `remove_unused_columns` says.
 
     Args:
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
@@ -66,7 +66,7 @@ class AudioTrainer(Trainer):
             )
         self._smoothing = 0.0
         self.args.remove_unused_columns = False
-        if self.label_smoother is not None and isinstance(_without_adapter(self.model), CATForAudioClassification):
+        if self.label_smoother is not None and self._takes_probabilities:
             self._smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.eval_collator = eval_collator
         self.sampling_weights = sampling_weights
@@ -76,6 +76,12 @@ class AudioTrainer(Trainer):
         self.add_callback(_SetEpoch(self))
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
+
+    @property
+    def _takes_probabilities(self) -> bool:
+        """Whether the model can be given smoothed labels: as CAT can, and whatever is trained with mixup."""
+        mixes = getattr(self.data_collator, "mixup_probability", 0) > 0
+        return mixes or isinstance(_without_adapter(self.model), CATForAudioClassification)
 
     # Data
 
