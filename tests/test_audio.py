@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 
@@ -40,6 +41,18 @@ def test_a_real_recording(data_dir):
     audio = load_audio(data_dir / "esc10" / "audio" / "1-100032-A-0.ogg")
     assert audio.shape == (160_032,) or audio.shape == (160_000,)
     assert 0.05 < np.abs(audio).max() <= 1.5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere, libsndfile cannot share a file with Python")
+@pytest.mark.parametrize("extension", ["wav", "ogg", "mp3"])
+def test_nothing_that_interrupts_the_reading_is_taken_for_the_end_of_the_file(tmp_path, extension, monkeypatch):
+    """As it would be in Python code that libsndfile calls: Ctrl-C there made a good file a damaged one."""
+    path = tmp_path / f"tone.{extension}"
+    soundfile.write(path, tone(32_000, seconds=3), 32_000)
+    calls = []
+    monkeypatch.setattr(soundfile.SoundFile, "_init_virtual_io", lambda self, file: calls.append(file))
+    audio = load_audio(path)
+    assert not calls and abs(len(audio) - 96_000) < 3 * 1152
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -320,7 +320,7 @@ class TestForward:
             [torch.float32] * 4 + [torch.float64, torch.float16, torch.int16, torch.bool, torch.cfloat]
         ),
         value=mostly([0.0, -11.5, 1e-30, 50.0], [1e6, 1e30, math.inf, math.nan]),
-        mask=mostly(["none", "ones", "zeros", "half", "floats"], ["wrong", "list"]),
+        mask=mostly(["none", "ones", "zeros", "half", "floats"], ["wrong", "list", "array"]),
     )
     def test_any_tensor_is_logits_or_refused(self, model, shape, dtype, value, mask):
         values = torch.full(shape, value).to(dtype)
@@ -333,6 +333,7 @@ class TestForward:
             "floats": torch.full(steps, 0.5),
             "wrong": torch.ones(7, 7),
             "list": [1, 1],
+            "array": np.ones(steps, dtype=np.int32),
         }
         try:
             with torch.no_grad():

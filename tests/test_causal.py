@@ -633,7 +633,7 @@ def tiny_ast(**config):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     spectrogram = {"patch_size": 4, "frequency_stride": 4, "time_stride": 4, "max_length": 16, "num_mel_bins": 8}
-    return ASTForAudioClassification(ASTConfig(num_labels=CLASSES, **size, **spectrogram, **config))
+    return ASTForAudioClassification(ASTConfig(**{"num_labels": CLASSES, **size, **spectrogram, **config}))
 
 
 def clips(count=4):
@@ -717,6 +717,7 @@ def test_module_without_labels_is_the_model(monkeypatch):
     output = module(input_values=clips())
     assert type(output) is type(model(clips()))
     assert_same(output.logits, model(clips()).logits, 0)
+    assert_same(module(clips()).logits, output.logits, 0)
 
 
 def test_module_leaves_no_hook_behind():
@@ -769,8 +770,9 @@ def test_module_accepts_a_model_that_returns_a_dict():
 
 
 def test_module_refuses_what_has_no_classes_or_no_names():
-    with pytest.raises(ValueError, match="`problem_type` is 'regression'"):
-        CausalModule(tiny_ast(problem_type="regression"))
+    for config in ({"problem_type": "regression"}, {"num_labels": 1}):  # which transformers takes for the same
+        with pytest.raises(ValueError, match="the model is one of regression"):
+            CausalModule(tiny_ast(**config))
     with pytest.raises(ValueError, match="drop `return_dict=False`"):
         CausalModule(tiny_ast())(input_values=clips(), labels=INDEX_LABELS, return_dict=False)
 
@@ -797,6 +799,18 @@ def test_linear_head_is_what_makes_the_logits():
     assert_same(latents @ weight.T + bias, adapted.eval()(latents), 1e-5)
 
 
+def test_linear_head_whose_weights_are_elsewhere_until_it_runs():
+    """As sharded ones are: an empty tensor stands for them."""
+    head, latents = nn.Linear(WIDTH, CLASSES), torch.randn(BATCH, WIDTH)
+    whole = head.weight.data
+    head.weight.data = torch.empty(0)
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", torch.empty(0)))
+    weight, bias = linear_head(head, latents)
+    assert_same(weight, whole, 1e-5)
+    assert_same(bias, head.bias.detach(), 1e-5)
+
+
 def test_module_refuses_latents_that_are_not_pooled():
     with pytest.raises(ValueError, match=r"\(6, 2, 7\)"):
         CausalModule(DictModel())(values=torch.randn(BATCH, 2, WIDTH), labels=torch.zeros(BATCH * 2).long())
@@ -821,6 +835,7 @@ def test_module_in_the_trainer(tmp_path):
         per_device_train_batch_size=2,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
         learning_rate=1e-2,
         use_cpu=True,
         report_to=[],
@@ -831,6 +846,7 @@ def test_module_in_the_trainer(tmp_path):
     assert not trainer.model_accepts_loss_kwargs  # else accumulated steps would add up
     trainer.train()
     assert (module.model.classifier.dense.weight - head).abs().max() > 0
+    assert module.model.is_gradient_checkpointing
     prediction = trainer.predict(dataset)
     assert prediction.predictions.shape == (4, CLASSES)  # the logits alone
     assert math.isfinite(prediction.metrics["test_loss"])

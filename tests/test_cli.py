@@ -82,6 +82,13 @@ def test_linked_folders_are_searched_and_hidden_ones_are_not(folder):
     assert found == ["a.wav", "below/b.FLAC", "linked/c.wav"]
 
 
+def test_a_glob_goes_around_a_ring_of_links_once(folder):
+    (folder / "below" / "ring").symlink_to(folder)
+    assert find_files([str(folder / "**" / "*.wav")]) == ([folder / "a.wav"], [])
+    (folder / "other name.wav").symlink_to(folder / "a.wav")
+    assert find_files([str(folder / "*.wav")]) == ([folder / "a.wav", folder / "other name.wav"], [])
+
+
 @pytest.mark.parametrize("pattern", ["missing.wav", "*.mp3", "empty"])
 def test_what_names_no_file_is_named_and_the_rest_go_on(folder, capsys, checkpoint, pattern):
     (folder / "empty").mkdir()
@@ -331,6 +338,14 @@ def test_info_adds_up_shards_and_does_without_weights(checkpoint, tmp_path):
     assert describe(shards)["parameters"] is None
 
 
+def test_info_of_labels_that_are_numbers(checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {str(i): 10 * i for i in range(5)}, "label2id": {str(10 * i): i for i in range(5)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "labels        5: 0, 10, 20, 30, 40\n" in run(capsys, "info", folder)[1]
+
+
 def test_info_of_other_models(other_models):
     facts = describe(other_models / "ast")
     assert facts["architecture"]["hidden_size"] == 16 and facts["front_end"]["num_mel_bins"] == 32
@@ -362,12 +377,32 @@ def test_a_terminal_gets_a_bar_that_no_line_is_written_into(folder, checkpoint):
         assert f"\r{folder / name}: " in shown
 
 
-def test_a_reader_that_has_enough_is_no_error(folder, checkpoint):
-    with subprocess.Popen(
-        command("classify", folder, "--model", checkpoint), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+@pytest.mark.parametrize("arguments", [("classify", "--model"), ("info",)], ids=["classify", "info"])
+def test_a_reader_that_has_enough_is_no_error(folder, checkpoint, arguments):
+    sound = [folder / "a.wav"] if arguments[0] == "classify" else []
+    whole = command(arguments[0], *sound, *arguments[1:], checkpoint)
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
+        assert not process.stderr.read()
+    assert process.returncode == 1
+
+
+def test_an_interrupt_ends_the_command(folder, checkpoint, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers_cat.cli.load_audio", interrupt)
+    assert main(["classify", str(folder), "--model", str(checkpoint)]) == 130
+    assert not capsys.readouterr().out
+
+
+def test_names_that_the_output_cannot_write_are_escaped(folder, checkpoint):
+    shutil.copy(folder / "a.wav", folder / "a日.wav")
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    whole = command("classify", folder, folder / "é日.mp3", "--model", checkpoint)
+    result = subprocess.run(whole, capture_output=True, env=environment)
+    assert rb"a\u65e5.wav: " in result.stdout and b"b.FLAC: " in result.stdout
+    assert b"3 of 3 files" in result.stderr and b"\xe9\\u65e5.mp3: there is no" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--top", "0"], ["--top", "two"], ["--batch_size", "-1"], ["--json", "--csv"]])

@@ -109,12 +109,14 @@ def test_export_leaves_the_model_as_it_was(exported):
     [
         {"window_size": None, "patch_size": (16, 16), "depths": (2,), "num_heads": (4,)},
         {"filters": ("mel",), "window_lengths": (800,), "hop_lengths": (320,), "depths": (2, 1), "num_heads": (2, 4)},
+        {"patch_size": (1, 64), "depths": (1,), "num_heads": (4,), "return_dict": False},
     ],
-    ids=["global_attention", "one_spectrogram"],
+    ids=["global_attention", "one_spectrogram", "the_papers_patch"],
 )
 def test_other_architectures_export(tmp_path, overrides):
     model = make_model(stem_channels=(), reconstruction_loss_weight=0.0, **overrides)
     export(model, tmp_path, inputs="features", format="torch_export")
+    model.config.return_dict = True
     assert_equal_outputs(tmp_path, model, load_graph(tmp_path / "model.pt2"), [noise(1), noise(99_999), noise(40_000)])
 
 
@@ -165,6 +167,14 @@ def test_unknown_choices_are_named(small_model, tmp_path, arguments):
     with pytest.raises(ValueError, match=f"not '{next(iter(arguments.values()))}'"):
         export(small_model, tmp_path / "new", **arguments)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_of_a_model_is_refused(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds a model, whose configurations would be overwritten"):
+        export(small_model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_missing_packages_are_named_first(small_model, tmp_path, monkeypatch):

@@ -248,6 +248,15 @@ class TestIncludeCode:
             raise KeyError
         assert CATConfig._auto_class is None and CATForAudioClassification._auto_class is None
 
+    def test_a_class_of_the_users_own_is_refused(self, small_model, extractor):
+        """Whose own file would be there without those that it needs."""
+
+        class Own(CATForAudioClassification):
+            pass
+
+        with pytest.raises(TypeError, match="not that of a Own"), include_code(Own(small_model.config), extractor):
+            raise AssertionError("nothing may be saved")
+
     def test_what_the_user_registered_stays(self, small_model, extractor, monkeypatch):
         monkeypatch.setattr(CATModel, "_auto_class", "AutoModel")
         with include_code(small_model, extractor):

@@ -161,6 +161,14 @@ def test_trained_on_everything_has_the_score_of_its_cross_validation(model, tmp_
     assert result.metric_value == 0.15
 
 
+def test_regression(tmp_path):
+    """Which names no class."""
+    config = small_config(problem_type="regression", num_labels=1)
+    text = words(reload(model_card(CATForAudioClassification(config), "x", []), tmp_path))
+    assert "million parameters that gives every clip 1 number." in text and "names one of" not in text
+    assert text.count('function_to_apply="none"') == 2
+
+
 def test_multi_label(model, tmp_path):
     scores = {"eval_mAP": 0.25, "eval_AUC": 0.9, "eval_d_prime": 1.81, "eval_clips": 17_000}
     config = small_config(problem_type="multi_label_classification")

@@ -106,6 +106,14 @@ def test_a_mask_that_was_dropped_is_seen_in_the_features(small_model):
         assert model.cat.features(batch["input_values"][:1], None)[1] is None  # nothing is padding
 
 
+def test_silence_whose_features_are_zero_is_no_padding():
+    """As that of the `log_offset` 1 is."""
+    model = CATForAudioClassification(small_config(log_offset=1.0)).eval()
+    batch = CATFeatureExtractor(log_offset=1.0)([np.zeros(3_200), np.ones(3_200)], 32_000, return_tensors="pt")
+    assert not batch["input_values"][0].any()
+    assert model.cat.features(batch["input_values"], None)[1] is None
+
+
 def random_crop(clip: np.ndarray, seconds: float, rate: int) -> np.ndarray:
     length = int(rate * seconds)
     start = random.randint(0, max(0, len(clip) - length))

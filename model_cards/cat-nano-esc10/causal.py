@@ -203,7 +203,8 @@ def linear_head(head: nn.Module, latents: Tensor) -> tuple[Tensor, Tensor | None
         ValueError: `head` is not linear.
     """
     if type(head) is nn.Linear and head.weight.is_meta == latents.is_meta:
-        return head.weight, head.bias
+        if head.weight.shape == (head.out_features, head.in_features):  # not of weights that are sharded
+            return head.weight, head.bias
     training = head.training
     head.eval()  # without an adapter's dropout
     with torch.no_grad():
@@ -343,8 +344,12 @@ class CausalModule(nn.Module):
         if not isinstance(model.get_submodule(self.head), nn.Linear):
             raise ValueError(f"The head '{self.head}' is not a torch.nn.Linear.")
         config = getattr(model, "config", None)
-        if getattr(config, "problem_type", None) == "regression":
-            raise ValueError("The causal loss is of classes, and the model's `problem_type` is 'regression'.")
+        kind = getattr(config, "problem_type", None)
+        if kind == "regression" or (kind is None and getattr(config, "num_labels", None) == 1):
+            raise ValueError(
+                f"The causal loss is of classes, and the model is one of regression, by its `problem_type` {kind} and "
+                f"`num_labels` {config.num_labels}."
+            )
         self.loss_weight = loss_weight
         self.estimator = estimator
         self.num_donors = num_donors
@@ -352,7 +357,7 @@ class CausalModule(nn.Module):
         self.reduction = reduction
         if multi_label is None:
             kinds = {"single_label_classification": False, "multi_label_classification": True}
-            multi_label = kinds.get(getattr(config, "problem_type", None))
+            multi_label = kinds.get(kind)
         self.multi_label = multi_label
         if config is not None:
             # Here the Trainer reads which outputs are not predictions. A copy: the model is saved without the change.
@@ -360,9 +365,13 @@ class CausalModule(nn.Module):
             ignored = getattr(config, "keys_to_ignore_at_inference", None) or []
             self.config.keys_to_ignore_at_inference = [*ignored, "classification_loss", "causal_loss"]
 
-    def forward(self, *, labels: Tensor | None = None, **inputs):
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """The model's own, as the Trainer asks for it."""
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def forward(self, *arguments, labels: Tensor | None = None, **inputs):
         if labels is None:
-            return self.model(**inputs)
+            return self.model(*arguments, **inputs)
 
         if labels.ndim == 2 and self.multi_label is None:
             raise ValueError("Labels (n, C) are class probabilities or several labels per clip: pass multi_label=.")
@@ -373,7 +382,7 @@ class CausalModule(nn.Module):
             # The models of transformers compute a binary cross-entropy on floating-point labels only.
             inputs["labels"] = targets if self.multi_label else labels
         with _capture_input(head) as captured:
-            output = self.model(**inputs)
+            output = self.model(*arguments, **inputs)
         if not captured:
             raise ValueError(f"The model did not run its head '{self.head}'.")
         if isinstance(output, tuple):

@@ -53,7 +53,7 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
         sampling_rate: Of the result, in Hz; 32000, the model's, by default.
 
     Returns:
-        (N,) float32 in [-1, 1].
+        (N,) float32, in [-1, 1] but for what files of floats hold beyond that.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -65,7 +65,7 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
     validate_integers(1, 2**31, sampling_rate=sampling_rate)
     if not path.is_file():
         raise FileNotFoundError(f"There is no audio file {path}.")
-    with path.open("rb") as stream:
+    with path.open("rb", buffering=0) as stream:
         try:
             return read_audio(stream, path, sampling_rate)
         except UnknownFormatError as error:
@@ -85,7 +85,7 @@ def read_audio(stream: BinaryIO, name: str | os.PathLike, sampling_rate: int) ->
         sampling_rate: Of the result, in Hz.
 
     Returns:
-        (N,) float32 in [-1, 1].
+        (N,) float32.
 
     Raises:
         UnknownFormatError: soundfile cannot read it.
@@ -106,8 +106,11 @@ def _decode(stream: BinaryIO, name: str | os.PathLike) -> tuple[np.ndarray, int]
     """The whole of a file as (N,) float32 and its rate in Hz, or an error that tells what is lost."""
     import soundfile
 
+    # A file's bytes are libsndfile's to read: where Python reads them for it, an interrupt or an error that comes at
+    # that moment is taken for the end of the file. (Windows has no descriptors that two libraries could share.)
+    by_itself = isinstance(stream, io.FileIO) and os.name == "posix"
     try:
-        file = soundfile.SoundFile(stream)
+        file = soundfile.SoundFile(stream.fileno() if by_itself else stream, closefd=not by_itself)
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a name ending in .raw promises no header
         raise UnknownFormatError(getattr(error, "error_string", str(error))) from error
     with file:

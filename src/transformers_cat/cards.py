@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TASK = "audio-classification"
+# By itself, the pipeline applies the softmax to everything up to transformers 5.22.
+FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 # Metrics of results.json, best known first: identifier, name, format.
 METRICS = (
@@ -253,6 +255,8 @@ def model_card(
         parameters=f"{model.num_parameters() / 1e6:.1f}",
         labels=[model.config.id2label[i] for i in range(model.config.num_labels)],
         multi_label=model.config.problem_type == "multi_label_classification",
+        regression=model.config.problem_type == "regression",
+        function=FUNCTIONS.get(model.config.problem_type),
         sampling_rate=model.config.sampling_rate,
         normalize_volume=model.config.normalize_volume,
         whitening=model.config.whitening,

@@ -8,6 +8,7 @@ can be named by `--model`.
 """
 
 import argparse
+import codecs
 import csv
 import glob
 import io
@@ -29,11 +30,10 @@ from transformers import AutoConfig, Pipeline, pipeline
 from transformers.utils.logging import disable_progress_bar
 
 from .audio import audio_files, load_audio
+from .cards import FUNCTIONS
 from .configuration_cat import MRMF_ARGUMENTS
 
 SHIPPED = Path(__file__).with_name("checkpoints") / "cat-nano-esc10"  # in a checkout, a link into model_cards/
-# By itself, the pipeline applies the softmax to everything up to transformers 5.22.
-FUNCTIONS = {"multi_label_classification": "sigmoid", "regression": "none"}
 
 # What `info` shows of a configuration: the sizes of CAT, and the names that most other models have for theirs.
 ARCHITECTURE = ("patch_size", "embed_dim", "stem_channels", "depths", "num_heads", "window_size")
@@ -47,6 +47,8 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch nor
 def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Files, the audio files of folders and what lies below them, and matches of globs; each once, in this order.
 
+    A file is the same by whichever way its folder is reached, as a glob with ** goes around where links make a ring.
+
     Returns:
         The files, and the patterns that name none.
     """
@@ -58,7 +60,10 @@ def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
         found += matches
         if not matches:
             missing.append(pattern)
-    return list(dict.fromkeys(found)), missing
+    once: dict[str, Path] = {}
+    for file in found:
+        once.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)
+    return list(once.values()), missing
 
 
 def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_size: int) -> Iterator[tuple]:
@@ -194,7 +199,7 @@ def info(arguments: argparse.Namespace) -> int:
     print(f"type          {facts['model_type']}, {facts['problem_type'] or 'problem type not stated'}")
     print(f"parameters    {parameters}")
     print(f"weights       {facts['bytes'] / 1e6:.1f} MB")
-    print(f"labels        {len(facts['labels'])}: {', '.join(facts['labels'])}")
+    print(f"labels        {len(facts['labels'])}: {', '.join(map(str, facts['labels']))}")
     for title in ("front_end", "architecture"):
         for index, (name, value) in enumerate(facts[title].items()):
             value = ", ".join(map(str, value)) if isinstance(value, list) else value
@@ -252,11 +257,22 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text} is no device that PyTorch has here: {reason}") from error
 
 
+def _as_it_is(error: UnicodeError) -> tuple:
+    """Names of files are bytes, which need not be UTF-8: as they are; and escaped, what the output cannot write."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("as_it_is", _as_it_is)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files are bytes, which need not be UTF-8: as they are
-            stream.reconfigure(errors="surrogateescape")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="as_it_is")
     parser = argparse.ArgumentParser("transformers-cat", description="Name sounds with a transformers model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -283,7 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     disable_progress_bar()  # of loading weights, which takes no time
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # who reads, like `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130  # as shells have it

@@ -50,7 +50,7 @@ class ExportedModel(nn.Module):
                 module.register_forward_pre_hook(_make_contiguous)
 
     def forward(self, input_values: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        output = self.model(input_values, attention_mask=attention_mask, output_frame_logits=True)
+        output = self.model(input_values, attention_mask, output_frame_logits=True, return_dict=True)
         token_mask = output.token_mask
         if token_mask is None:  # run as it is, the model drops a mask that masks nothing
             token_mask = torch.ones(output.frame_logits.shape[:2], dtype=torch.bool)
@@ -94,7 +94,8 @@ def export(
         For each output by name, the largest difference from the model's.
 
     Raises:
-        ValueError: `inputs` or `format` has another value.
+        ValueError: `inputs` or `format` has another value, or `output_dir` holds a model, whose configurations would be
+            overwritten.
         ImportError: ONNX is asked for without the `export` extra.
         RuntimeError: The graph's outputs differ by more than `TOLERANCE`.
     """
@@ -103,6 +104,9 @@ def export(
             f"`inputs` must be one of {', '.join(INPUTS)}, not {inputs!r}, and `format` one of {', '.join(FILES)}, "
             f"not {format!r}."
         )
+    folder = Path(output_dir)
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"The folder {folder} holds a model, whose configurations would be overwritten: name another.")
     if format == "onnx":
         _require_onnx()
     exported = ExportedModel(model, attn_implementation="eager" if format == "onnx" else "sdpa")
@@ -110,7 +114,6 @@ def export(
     second = extractor.sampling_rate
     program = trace(exported, _batch(extractor, [_noise(second + 1), _noise(second // 2)]))
 
-    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILES[format]
     if format == "onnx":

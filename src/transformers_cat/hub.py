@@ -33,10 +33,13 @@ def include_code(model: CATPreTrainedModel, feature_extractor: CATFeatureExtract
         feature_extractor: Saved with it.
 
     Raises:
-        TypeError: The model is none of this package.
+        TypeError: The model's class is none of this package, be it derived from one.
     """
-    if not isinstance(model, CATPreTrainedModel):
-        raise TypeError(f"Only the code of CAT can be included, not that of a {type(model).__name__}.")
+    if type(model) not in AUTO_CLASSES:
+        raise TypeError(
+            f"Only the code of CATModel and CATForAudioClassification can be included, not that of a "
+            f"{type(model).__name__}: save it with `register_for_auto_class` and its own files instead."
+        )
     registered = {cls: cls._auto_class for cls in AUTO_CLASSES}
     auto_maps = [(owner, vars(owner).get("auto_map")) for owner in (model.config, feature_extractor)]
     try:

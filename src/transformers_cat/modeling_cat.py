@@ -416,7 +416,9 @@ class CATPatchProjection(nn.Conv2d):
         """(B, T, G, K, F) -> (G, B, t, f, K, P), P = frames times bins of a patch, which divide T and F."""
         time, bins = self.kernel_size
         patches = features.unflatten(4, (-1, bins)).unflatten(1, (-1, time))
-        return patches.permute(3, 0, 1, 5, 4, 2, 6).flatten(5)  # from (B, t, time, G, K, f, bins)
+        patches = patches.permute(3, 0, 1, 5, 4, 2, 6)  # from (B, t, time, G, K, f, bins)
+        # Copied in any case: whether `flatten` has to would, for patches of one frame, depend on the length.
+        return patches.clone(memory_format=torch.contiguous_format).flatten(5)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         """(G, B, t, f, K, P) -> (G, B, t, f, C)."""
@@ -915,7 +917,7 @@ class CATModel(CATPreTrainedModel):
             attention_mask = attention_mask.bool()
             if look and bool(attention_mask.all()):
                 attention_mask = None  # it costs time
-        elif look and input_values.ndim == 3:
+        elif look and input_values.ndim == 3 and self.config.log_offset != 1:  # whose silence is 0 as well
             attention_mask = padding_of(input_values)
         if input_values.ndim == 2:
             features, attention_mask = self.mrmf(input_values, attention_mask, whiten)
@@ -950,10 +952,12 @@ class CATModel(CATPreTrainedModel):
             raise ValueError(
                 f"`input_values` of shape {shape} is empty: pass at least one clip, of at least one frame."
             )
-        if attention_mask is not None and tuple(getattr(attention_mask, "shape", ())) != shape[:2]:
+        is_tensor = isinstance(attention_mask, torch.Tensor)
+        if attention_mask is not None and not (is_tensor and tuple(attention_mask.shape) == shape[:2]):
+            found = f"of shape {tuple(attention_mask.shape)}" if is_tensor else f"a {type(attention_mask).__name__}"
             raise ValueError(
                 f"`attention_mask` must be a tensor of shape {shape[:2]}, one value for each frame or sample of "
-                f"`input_values`, not {tuple(getattr(attention_mask, 'shape', [type(attention_mask).__name__]))}."
+                f"`input_values`, not {found}."
             )
 
     @merge_with_config_defaults

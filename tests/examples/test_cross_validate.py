@@ -445,6 +445,21 @@ def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_models_are_compared_in_two_processes(folder, tmp_path):
+    """As torchrun starts them: both wait for what the first one writes, and each test clip counts once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", EXAMPLES / "compare_models.py"]
+    own = ["--models", "cat", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15", "--learning_rates", "1e-3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([*command, *flags(folder, tmp_path, *own)], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {model: set(own["folds"]) for model, own in results.items()} == {"cat": {"1", "2"}, "cnn": {"1", "2"}}
+    for model in results:
+        summary = json.loads((tmp_path / model / "0.001" / "summary.json").read_text())
+        assert [run["metrics"]["eval_clips"] for run in summary["runs"]] == [4, 4]
+
+
 def test_with_one_learning_rate_no_fold_chooses_it_and_seeds_are_averaged(example, folder, tmp_path, monkeypatch):
     own = ["--models", "cnn", "--folds", "1", "2", "--max_length_seconds", "0.15", "--learning_rates", "1e-3"]
     script = example("compare_models")
