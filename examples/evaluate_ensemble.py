@@ -19,7 +19,6 @@ reported, as cross-validation does. The output folder gets `results.json`, `tabl
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -36,11 +35,12 @@ from transformers_cat.training import (
     main_metric,
     read_scores,
     split_folds,
+    without_only_split,
     write_predictions,
 )
 from transformers_cat.training.ensemble import panns_scores, pipeline_scores
 from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL
-from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
+from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent, refuse_training_clips
 from transformers_cat.training.report import data_fingerprint, git_state, write_results
 
 
@@ -81,32 +81,6 @@ def choose_clips(loaded: Dataset | DatasetDict, args: argparse.Namespace) -> Dat
             raise ValueError(f"The data have no split {args.split!r}, only {list(loaded)}; choose one with --split")
         loaded = loaded[args.split]
     return split_folds(loaded, args.test_folds)["test"] if args.test_folds else loaded
-
-
-def refuse_training_clips(model: Path, loaded: Dataset | DatasetDict, clips: Dataset) -> None:
-    """Refuse what the model was trained on, where the `results.json` of its run is beside it.
-
-    Args:
-        model: folder of the model, or an id on the Hub, of which nothing is known.
-        loaded: the data that the clips are from: the folds that a run on the same data, or on what was prepared of
-            them, did not hold out are refused.
-        clips: the clips to evaluate on; from anywhere, if they are just those of the training.
-
-    Raises:
-        ValueError: the model was trained on some of the clips.
-    """
-    path = model / "results.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    arguments = run.get("arguments", {})
-    if not arguments.get("training", {}).get("do_train"):
-        return
-    trained = arguments["data"]
-    if "fold" in clips.column_names and run.get("source") == data_fingerprint(loaded, sizes=False):
-        held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
-        if folds := sorted(set(clips["fold"][:]) - held_out):
-            raise ValueError(f"{model} was trained on the folds {folds} of these data; choose others by --test_folds")
-    if run["fingerprints"].get("train") == data_fingerprint(clips):
-        raise ValueError(f"{model} was trained on these clips")
 
 
 def collect(args: argparse.Namespace, clips: Dataset | None) -> dict[str, Scores]:
@@ -154,10 +128,10 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     clips = None
     if args.data:
-        loaded = load_audio_dataset(args.data)
+        loaded = without_only_split(load_audio_dataset(args.data))
         clips = choose_clips(loaded, args)
         for model in args.models:
-            refuse_training_clips(Path(model), loaded, clips)
+            refuse_training_clips(model, loaded, clips)
     members = align_scores(collect(args, clips))
     average = average_scores(members)
     problem_type = args.problem_type or average.problem_type

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -25,12 +26,13 @@ from transformers_cat.training.tables import write_rows
 
 
 def fingerprint(splits: DatasetDict, clips_per_shard: int) -> str:
-    """Changes with the clips, their labels and order, and the size of the shards: which clip is in which shard."""
+    """Changes with the clips, their sizes, labels and order, and the size of the shards: what is in which shard."""
     digest = hashlib.sha256(str(clips_per_shard).encode())
     for split, dataset in splits.items():
         digest.update(f"{split} {dataset.features}".encode())
         for row in dataset:
-            digest.update(json.dumps([row["audio"], row["label"], row.get("fold")], default=_digest).encode())
+            size = os.path.getsize(row["audio"]) if isinstance(row["audio"], str) else None
+            digest.update(json.dumps([row["audio"], size, row["label"], row.get("fold")], default=_digest).encode())
     return digest.hexdigest()
 
 
@@ -42,7 +44,10 @@ def check_plan(folder: Path, plan: str) -> None:
     """Shards of other clips must not be mixed with those to come."""
     path = folder / PLAN
     if path.is_file() and path.read_text() != plan:
-        raise ValueError(f"{folder} holds shards of other clips or of another size; choose another --output_dir")
+        raise ValueError(
+            f"{folder} holds shards of other clips, of these as they were before, or of another size; choose another "
+            "--output_dir"
+        )
     path.write_text(plan)
 
 

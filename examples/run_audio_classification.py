@@ -84,6 +84,7 @@ from transformers_cat.training import (
 )
 from transformers_cat.training.data import refuse_shared_clips
 from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, probabilities
+from transformers_cat.training.protocol import refuse_training_clips
 from transformers_cat.training.report import data_fingerprint, git_state, refuse_changes, write_history, write_json
 from transformers_cat.training.scores import Scores
 
@@ -99,7 +100,7 @@ INCIDENTAL = tuple(
     (
         "output_dir resume_from_checkpoint do_ token cache_dir trust_remote_code check_audio on_bad_audio "
         "log disable_tqdm report_to run_name project trackio_ include_ skip_memory_metrics debug push_to_hub hub_ "
-        "save_total_limit save_only_model save_on_each_node per_device_eval_batch_size eval_accumulation_steps "
+        "save_total_limit save_on_each_node per_device_eval_batch_size eval_accumulation_steps "
         "dataloader_num_workers dataloader_p dataloader_multiprocessing_context dataloader_in_order "
         "use_cpu local_rank ddp_ torch_compile parallelism_config"
     ).split()
@@ -323,6 +324,9 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
         loaded = load_data(data_args, model_args, skipped)
         others = data_args.leave_out_recordings_of and load_audio_dataset(data_args.leave_out_recordings_of)
     splits = _split(loaded, data_args, args)
+    if not args.do_train and model_args.model_name_or_path:
+        for name in splits.keys() - {"train"}:
+            refuse_training_clips(model_args.model_name_or_path, loaded, splits[name])
     if others and "train" in splits:
         splits["train"] = without_recordings_of(splits["train"], others)
         if not len(splits["train"]):
@@ -418,10 +422,10 @@ def _named_splits(loaded: DatasetDict, data_args: DataArguments, do_train: bool)
     return DatasetDict({split: loaded[name] for split, name in names.items() if name in loaded})
 
 
-def resolve_problem_type(requested: str | None, dataset: Dataset) -> str:
-    """The problem type, checked against the labels."""
+def resolve_problem_type(requested: str | None, dataset: Dataset, learnt: str | None = None) -> str:
+    """The problem type, checked against the labels; that of a checkpoint whose classes are kept is the `learnt` one."""
     if requested is None:
-        return MULTI_LABEL if is_multi_label(dataset) else SINGLE_LABEL
+        return MULTI_LABEL if is_multi_label(dataset) or learnt == MULTI_LABEL else SINGLE_LABEL
     if requested == SINGLE_LABEL and is_multi_label(dataset):
         raise ValueError(f"--problem_type {SINGLE_LABEL}, but clips have several labels: use {MULTI_LABEL}")
     return requested
@@ -436,6 +440,10 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
     if name is None:
         raise ValueError("Give a checkpoint as --model_name_or_path, or --config_name to train from scratch")
     config = AutoConfig.from_pretrained(name, **_hub_arguments(model_args))
+    if model_args.model_name_or_path not in (None, name):  # the weights are of the checkpoint's classes
+        checkpoint = AutoConfig.from_pretrained(model_args.model_name_or_path, **_hub_arguments(model_args))
+        for name in ("id2label", "label2id", "problem_type"):
+            setattr(config, name, getattr(checkpoint, name))
     if model_args.config_overrides is None:
         return config
     overrides = json.loads(model_args.config_overrides)
@@ -601,6 +609,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     if args.average_last_epochs and args.load_best_model_at_end:
         raise ValueError("--average_last_epochs and --load_best_model_at_end name two final models; use one of the two")
+    if not args.eval_do_concat_batches or args.prediction_loss_only:
+        raise ValueError("--eval_do_concat_batches false and --prediction_loss_only leave no predictions to measure")
+    if args.do_train and (args.bf16_full_eval or args.fp16_full_eval):
+        raise ValueError(
+            "--bf16_full_eval and --fp16_full_eval would round the weights that are saved: use them without --do_train"
+        )
     if args.muon and args.optim not in ADAMW:
         raise ValueError(
             f"--muon true trains by Muon and AdamW, --optim {args.optim.value} does not: use one of the two"
@@ -608,6 +622,16 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     if not (args.do_train or model_args.model_name_or_path):
         raise ValueError("Without --do_train nothing is trained: name the model to evaluate by --model_name_or_path")
     return model_args, data_args, args
+
+
+def keep_the_training_of(output_dir: str | Path) -> None:
+    """Refuse to put an evaluation's results in the place of those of a training."""
+    path = Path(output_dir) / "results.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if run and run["arguments"]["training"]["do_train"]:
+        raise ValueError(
+            f"{path} is that of a training, and an evaluation would replace it: choose another --output_dir"
+        )
 
 
 def set_up_logging(args: TrainingArguments) -> None:
@@ -630,6 +654,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if not complete:
         return None
     last = complete[max(complete)]
+    if args.save_only_model:
+        raise ValueError(
+            f"{last} cannot be resumed from: --save_only_model left no optimizer there. Choose another --output_dir"
+        )
     logger.info("Resuming from %s; choose another --output_dir to start afresh.", last)
     return last
 
@@ -642,6 +670,8 @@ def training_settings(
     incidental = INCIDENTAL if args.load_best_model_at_end else INCIDENTAL + EVALUATION
     settings = {name: value for name, value in given.items() if not name.startswith(incidental)}
     fingerprints = {name: data_fingerprint(split) for name, split in clips.splits.items() if name != "test"}
+    # Each of which has batches of its own.
+    settings["processes"] = args.world_size * max(args.n_gpu, 1)
     return {**settings, "fingerprints": fingerprints, **configuration(config)}
 
 
@@ -767,11 +797,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_up_logging(args)
     set_seed(args.seed)
 
+    if not args.do_train:
+        keep_the_training_of(args.output_dir)
     clips = load_clips(data_args, model_args, args)
-    problem_type = resolve_problem_type(data_args.problem_type, clips.some)
     config = load_config(model_args)
     from_scratch = model_args.model_name_or_path is None
     names = choose_labels(config, label_names(clips.some), from_scratch, args.do_train)
+    kept = not from_scratch and names == [config.id2label[i] for i in range(config.num_labels)]
+    problem_type = resolve_problem_type(data_args.problem_type, clips.some, config.problem_type if kept else None)
     if problem_type == SINGLE_LABEL and len(names) < 2:
         raise ValueError(f"There is one class alone, {names}: is --data the folder of a class, or above all classes?")
     clips.splits = DatasetDict({key: align_labels(split, names) for key, split in clips.splits.items()})

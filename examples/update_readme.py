@@ -75,6 +75,7 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "esc10_cnn_adamw": ("esc10_cnn_adamw/summary.json", SUMMARY, cross_validate.table),
     "objective": ("objective/summary.json", SUMMARY, cross_validate.table),
     "compare": ("compare/results.json", None, compare_models.table),
+    "compare_us8k": ("compare_us8k/results.json", None, compare_models.table),
     "compare_unwhitened": ("compare_unwhitened/results.json", None, compare_models.table),
     "transfer": ("transfer/summary.json", TRANSFER, transfer),
     "transfer_strided": ("transfer_strided/summary.json", TRANSFER, transfer),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from datasets import DatasetDict
 from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
 
 from tests.conftest import small_config
@@ -85,6 +86,15 @@ def test_models_of_different_kinds(script, folder, tmp_path):
     # The same from the files that were left, without any model.
     files = ["--scores", str(tmp_path / "predictions.csv"), "--output_dir", str(tmp_path / "again")]
     assert script.main(files)["ensemble"] == results["ensemble"]
+
+
+def test_prepared_clips_are_in_folds_too(script, folder, tmp_path, monkeypatch):
+    """They come as the one split `train`."""
+    prepared = DatasetDict(train=load_audio_dataset(folder / "clips.csv"))
+    monkeypatch.setattr(script, "load_audio_dataset", lambda _: prepared)
+    command = ["--data", "prepared", "--models", str(folder / "cat"), "--output_dir", str(tmp_path)]
+    script.main([*command, "--test_folds", "2"])
+    assert read_scores(tmp_path / "predictions.csv").folds == [2, 2]
 
 
 def test_folds_are_those_of_data(script, tmp_path, capsys):

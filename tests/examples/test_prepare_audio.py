@@ -134,8 +134,12 @@ def test_goes_on_where_it_was_interrupted(script, prepared, folder, tmp_path):
     assert (output / "train-00000-of-00003.arrow").stat().st_mtime_ns == kept
     whole, again = (load_audio_dataset(path)["train"] for path in (prepared[0], output))
     assert [row["audio"]["bytes"] for row in whole] == [row["audio"]["bytes"] for row in again]
-    with pytest.raises(ValueError, match="shards of other clips or of another size"):
+    with pytest.raises(ValueError, match="shards of other clips, of these as they were before, or of another size"):
         script.main([*command(folder, output), "--clips_per_shard", "5"])
+    repaired = shutil.copytree(folder, tmp_path / "clips")
+    one = script.fingerprint({"train": load_audio_dataset(repaired / "clips.csv", on_missing="skip")}, 5)
+    shutil.copy(repaired / "0.wav", repaired / "text.wav")
+    assert script.fingerprint({"train": load_audio_dataset(repaired / "clips.csv", on_missing="skip")}, 5) != one
 
 
 def test_clips_given_as_bytes_have_a_fingerprint(script):

@@ -266,6 +266,9 @@ class TestInterruption:
         (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
         _, _, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train"))
         assert script.checkpoint_to_resume(args) == str(tmp_path / "checkpoint-2")
+        args.save_only_model = True
+        with pytest.raises(ValueError, match="checkpoint-2 cannot be resumed from: --save_only_model"):
+            script.checkpoint_to_resume(args)
         (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
         assert script.checkpoint_to_resume(args) is None
 
@@ -283,16 +286,19 @@ class TestInterruption:
         for name, value in load_file(tmp_path / "model.safetensors").items():
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
 
-    def test_another_training_is_refused_but_evaluation_is_not(self, script, run, folder, tmp_path):
+    def test_neither_another_training_nor_an_evaluation_takes_its_place(self, script, run, folder, tmp_path):
         output = shutil.copytree(run[0], tmp_path / "out")
         with pytest.raises(ValueError, match=r"holds runs.*'test_folds': \(\[1\], \[2\]\).*another --output_dir"):
             script.main(arguments(folder, output, "--do_train", "--do_eval", "--test_folds", "2"))
         assert (output / "results.json").read_text() == (run[0] / "results.json").read_text()
-        command = arguments(folder, output, "--do_eval", "--model_name_or_path", str(output))
-        at = command.index("--config_name")
-        del command[at : at + 2]
-        metrics = script.main(command)
-        assert metrics["eval_loss"] == pytest.approx(run[1]["eval_loss"], abs=1e-6)
+        with pytest.raises(ValueError, match="is that of a training, and an evaluation would replace it"):
+            script.main(arguments(folder, output, "--do_eval", "--model_name_or_path", str(output)))
+        assert (output / "results.json").read_text() == (run[0] / "results.json").read_text()
+
+    def test_clips_of_the_training_are_no_test(self, script, run, folder, tmp_path):
+        command = arguments(folder, tmp_path, "--do_eval", "--model_name_or_path", str(run[0]), "--test_folds")
+        with pytest.raises(ValueError, match=r"was trained on the folds \[2\] of these data"):
+            script.main([*command, "1", "2"])
 
     def test_after_a_kill_in_mid_epoch_the_weights_are_the_same(self, script, folder, tmp_path):
         """SIGKILL in the second epoch, one step after a checkpoint; the mean of the last epochs is the same, too."""
@@ -356,6 +362,17 @@ CHOSEN = "--validation_folds 2"
 def test_what_decides_a_training(settings, before, now, differing):
     before, now = settings(*before.split()), settings(*now.split())
     assert {name for name in before.keys() & now.keys() if before[name] != now[name]} == set(differing.split())
+
+
+@pytest.mark.parametrize("several", ["world_size", "n_gpu"])
+def test_more_processes_are_another_training(script, folder, tmp_path, monkeypatch, several):
+    """A step then has other clips, and an epoch fewer steps."""
+    model_args, data_args, args = script.parse_arguments(arguments(folder, tmp_path, "--do_train"))
+    given = model_args, data_args, args, script.load_clips(data_args, model_args, args), script.load_config(model_args)
+    one = script.training_settings(*given)
+    monkeypatch.setattr(script.RecipeArguments, several, 2)
+    two = script.training_settings(*given)
+    assert {name for name in two if two[name] != one[name]} == {"processes"} and two["processes"] == 2
 
 
 def test_other_clips_under_the_same_name_are_another_training(settings, folder, tmp_path):
@@ -561,6 +578,9 @@ class TestArguments:
             (["--data", "x", "--dataset_name", "y"], "not data and dataset_name"),
             (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
             (["--data", "x", "--muon", "true", "--optim", "adafactor"], "--optim adafactor does not"),
+            (["--data", "x", "--prediction_loss_only"], "leave no predictions to measure"),
+            (["--data", "x", "--eval_do_concat_batches", "false"], "leave no predictions to measure"),
+            (["--data", "x", "--bf16_full_eval", "--use_cpu"], "would round the weights that are saved"),
         ],
     )
     def test_contradictions(self, script, tmp_path, flags, message):
@@ -787,12 +807,24 @@ class TestLabels:
         assert script.resolve_problem_type(None, several) == script.MULTI_LABEL
         with pytest.raises(ValueError, match="clips have several labels"):
             script.resolve_problem_type(script.SINGLE_LABEL, several)
+        assert script.resolve_problem_type(None, dataset, script.MULTI_LABEL) == script.MULTI_LABEL
+        assert script.resolve_problem_type(script.SINGLE_LABEL, dataset, script.MULTI_LABEL) == script.SINGLE_LABEL
 
     def test_a_multi_label_model_of_clips_with_one_label(self, script, folder, tmp_path):
         flags = ["--do_train", "--do_eval", "--problem_type", script.MULTI_LABEL, "--num_train_epochs", "1"]
         metrics = script.main(arguments(folder, tmp_path, *flags, "--mixup_probability", "0"))
         assert metrics["eval_mAP_classes"] == 3
         assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == script.MULTI_LABEL
+        # It stays what it is where nothing but these clips says otherwise; the other classes of a new head do not.
+        flags = ["--do_eval", "--model_name_or_path", str(tmp_path)]
+        again = script.main(arguments(folder, tmp_path / "again", *flags))
+        assert again["eval_mAP"] == metrics["eval_mAP"]
+
+    def test_the_classes_are_those_of_the_weights(self, script, run, folder):
+        """A configuration beside the checkpoint does not know them."""
+        flags = ["--data", "x", "--output_dir", "y", "--do_eval", "--model_name_or_path", str(run[0])]
+        model_args, _, _ = script.parse_arguments([*flags, "--config_name", str(folder)])
+        assert list(script.load_config(model_args).id2label.values()) == ["high", "low", "middle"]
 
 
 GLOBAL = {"window_size": None, "depths": [2], "num_heads": [2]}

@@ -2,7 +2,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ASTConfig, ASTForAudioClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from transformers_cat import CATFeatureExtractor, CATForAudioClassification
@@ -65,6 +65,19 @@ def test_the_parts_in_the_log_sum_to_the_loss(make_trainer, accumulation):
     assert logged["classification_loss"] > 1 and logged["reconstruction_loss"] > 0.5
 
 
+def test_the_parts_of_several_gpus_are_their_means(make_trainer):
+    """DataParallel gathers them in a vector."""
+
+    def gather(model, inputs, output):
+        output["causal_loss"] = torch.tensor([1.0, 2.0])
+
+    trainer = make_trainer()
+    trainer.model.register_forward_hook(gather)
+    trainer.train()
+    (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged["causal_loss"] == 1.5
+
+
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
 def test_smoothed_labels_keep_all_parts_of_the_loss(make_trainer, mixup):
     """By class ids and by mixup's probabilities; in evaluation the labels are what they are."""
@@ -108,6 +121,27 @@ def test_smoothed_labels_of_another_model(make_trainer, mixup):
     logits = trainer.model.head(batch["input_values"].mean(1))
     smoothed = 0.8 * labels + 0.2 / 5
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, smoothed))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_accumulated_losses_of_several_labels_are_a_mean(make_trainer, accumulation):
+    """Also of a model of transformers that says it takes what its loss does not."""
+    torch.manual_seed(0)
+    config = ASTConfig(
+        num_labels=5,
+        problem_type="multi_label_classification",
+        hidden_size=8,
+        num_hidden_layers=1,
+        max_length=16,
+        num_attention_heads=2,
+        num_mel_bins=16,
+    )
+    clips = [{"input_values": torch.zeros(16, 16), "labels": torch.ones(5)}] * 8
+    size = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    own = make_trainer(max_steps=1, logging_steps=1, **size)
+    trainer = AudioTrainer(ASTForAudioClassification(config).eval(), own.args, train_dataset=clips, eval_collator=None)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.69, abs=0.1)  # log 2, of logits near 0
 
 
 def test_smoothed_labels_of_an_adapted_model(make_trainer):

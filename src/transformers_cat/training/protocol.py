@@ -1,13 +1,15 @@
 """Evaluation protocols: given folds, means over folds and seeds, tables."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from ..cards import DATASETS
 from .clips import clip_names
+from .report import data_fingerprint
 
 BENCHMARKS = (DATASETS["esc50"], DATASETS["urbansound8k"])  # what published figures are about; ESC-10 is a part of one
 
@@ -45,6 +47,32 @@ def refuse_reshuffled_folds(dataset: Dataset) -> None:
                 f"{path} was given in {folder} and is now in fold {fold}: folds of UrbanSound8K must not be "
                 "reshuffled, since parts of one recording would be in training and test. Use the given folds"
             )
+
+
+def refuse_training_clips(model: str | Path, loaded: Dataset | DatasetDict, clips: Dataset) -> None:
+    """Refuse to evaluate on what the model was trained on, where the `results.json` of its run is beside it.
+
+    Args:
+        model: folder of the model, or an id on the Hub, of which nothing is known.
+        loaded: the data that the clips are from: the folds that a run on the same data, or on what was prepared of
+            them, did not hold out are refused.
+        clips: the clips to evaluate on; from anywhere, if they are just those of the training.
+
+    Raises:
+        ValueError: the model was trained on some of the clips.
+    """
+    path = Path(model) / "results.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    arguments = run.get("arguments", {})
+    if not arguments.get("training", {}).get("do_train"):
+        return
+    trained = arguments["data"]
+    if "fold" in clips.column_names and run.get("source") == data_fingerprint(loaded, sizes=False):
+        held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
+        if folds := sorted(set(clips["fold"][:]) - held_out):
+            raise ValueError(f"{model} was trained on the folds {folds} of these data; choose others by --test_folds")
+    if run["fingerprints"].get("train") == data_fingerprint(clips):
+        raise ValueError(f"{model} was trained on these clips")
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..modeling_cat import CATForAudioClassification
 from .collate import AudioCollator, SpecAugment
+from .metrics import MULTI_LABEL
 from .muon import Muon, parameter_groups
 from .sampler import DrawnClips, EpochSampler
 
@@ -64,6 +65,10 @@ class AudioTrainer(Trainer):
                 "The model would whiten what the collator has whitened: pass a `spec_augment`, which makes the trainer "
                 "compute spectrograms without that, with widths of 0 for no masks; or use do_mrmf=True"
             )
+        if getattr(getattr(self.model, "config", None), "problem_type", None) == MULTI_LABEL:
+            # transformers' loss of several labels is a mean over the batch, whatever its models say: accumulated
+            # batches have to be divided by their number.
+            self.model_accepts_loss_kwargs = False
         self._smoothing = 0.0
         self.args.remove_unused_columns = False
         if self.label_smoother is not None and self._takes_probabilities:
@@ -160,7 +165,9 @@ class AudioTrainer(Trainer):
             self._count += 1
             for name in LOSS_PARTS:
                 if outputs.get(name) is not None:
-                    self._sums[name] = self._sums.get(name, 0.0) + outputs[name].detach().float()
+                    self._sums[name] = (
+                        self._sums.get(name, 0.0) + outputs[name].detach().float().mean()
+                    )  # of several GPUs
         return (loss, outputs) if return_outputs else loss
 
     def _smoothed(self, labels: torch.Tensor) -> torch.Tensor:
