@@ -101,8 +101,8 @@ INCIDENTAL = tuple(
         "output_dir resume_from_checkpoint do_ token cache_dir trust_remote_code check_audio on_bad_audio "
         "log disable_tqdm report_to run_name project trackio_ include_ skip_memory_metrics debug push_to_hub hub_ "
         "save_total_limit save_on_each_node per_device_eval_batch_size eval_accumulation_steps "
-        "dataloader_num_workers dataloader_p dataloader_multiprocessing_context dataloader_in_order "
-        "use_cpu local_rank ddp_ torch_compile parallelism_config"
+        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_multiprocessing_context "
+        "dataloader_in_order use_cpu local_rank ddp_ torch_compile parallelism_config"
     ).split()
 )
 # These do where the best epoch is chosen.

@@ -381,7 +381,8 @@ def test_a_terminal_gets_a_bar_that_no_line_is_written_into(folder, checkpoint):
 def test_a_reader_that_has_enough_is_no_error(folder, checkpoint, arguments):
     sound = [folder / "a.wav"] if arguments[0] == "classify" else []
     whole = command(arguments[0], *sound, *arguments[1:], checkpoint)
-    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that much of the output is written at the end
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         process.stdout.close()
         assert not process.stderr.read()
     assert process.returncode == 1
