@@ -256,6 +256,9 @@ class TestIncludeCode:
 
         with pytest.raises(TypeError, match="not that of a Own"), include_code(Own(small_model.config), extractor):
             raise AssertionError("nothing may be saved")
+        sharded = type("FSDPOwn", (CATForAudioClassification,), {"__module__": "torch.distributed.fsdp"})
+        with include_code(sharded(small_model.config), extractor):
+            pass
 
     def test_what_the_user_registered_stays(self, small_model, extractor, monkeypatch):
         monkeypatch.setattr(CATModel, "_auto_class", "AutoModel")

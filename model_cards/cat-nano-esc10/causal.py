@@ -369,6 +369,10 @@ class CausalModule(nn.Module):
         """The model's own, as the Trainer asks for it."""
         self.model.gradient_checkpointing_enable(*args, **kwargs)
 
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """The same, as newer releases of transformers call it."""
+        self.model.activation_checkpointing_enable(*args, **kwargs)
+
     def forward(self, *arguments, labels: Tensor | None = None, **inputs):
         if labels is None:
             return self.model(*arguments, **inputs)

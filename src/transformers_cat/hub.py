@@ -35,10 +35,11 @@ def include_code(model: CATPreTrainedModel, feature_extractor: CATFeatureExtract
     Raises:
         TypeError: The model's class is none of this package, be it derived from one.
     """
-    if type(model) not in AUTO_CLASSES:
+    own = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))  # FSDP derives a class
+    if own not in AUTO_CLASSES:
         raise TypeError(
             f"Only the code of CATModel and CATForAudioClassification can be included, not that of a "
-            f"{type(model).__name__}: save it with `register_for_auto_class` and its own files instead."
+            f"{own.__name__}: save it with `register_for_auto_class` and its own files instead."
         )
     registered = {cls: cls._auto_class for cls in AUTO_CLASSES}
     auto_maps = [(owner, vars(owner).get("auto_map")) for owner in (model.config, feature_extractor)]
