@@ -102,6 +102,17 @@ def test_an_epoch_that_ends_early_counts(tmp_path):
     averaging.load(trainer.model)
 
 
+def test_going_on_without_an_epoch_that_is_averaged_ends_at_once(tmp_path):
+    first = make_trainer(tmp_path / "first", save_strategy="epoch")
+    first.train()
+    other = make_trainer(tmp_path / "other")
+    other.add_callback(WeightAveraging(other, 2))
+    with pytest.raises(FileNotFoundError, match=r"lacks \['2.safetensors'\]"):
+        other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    other.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert other.state.global_step == 6
+
+
 def test_epochs_that_are_not_there(tmp_path):
     trainer = make_trainer(tmp_path, num_train_epochs=2)
     trainer.add_callback(averaging := WeightAveraging(trainer, 2))

@@ -27,6 +27,7 @@ class WeightAveraging(TrainerCallback):
 
     Raises:
         ValueError: fewer than 2 epochs, more than are trained, or weights that are sharded over processes.
+        FileNotFoundError: a training goes on behind an epoch that enters the mean, and its weights are not there.
     """
 
     def __init__(self, trainer: Trainer, epochs: int):
@@ -41,6 +42,7 @@ class WeightAveraging(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.epochs > state.num_train_epochs:
             raise ValueError(f"{self.epochs} epochs cannot be averaged where {state.num_train_epochs} are trained")
+        self._averaged(math.floor(state.epoch or 0))  # or a training that goes on would have been for nothing
 
     def on_epoch_end(self, args, state, control, **kwargs):
         epoch = math.ceil(state.epoch)  # the last one may end early, by max_steps
@@ -58,15 +60,19 @@ class WeightAveraging(TrainerCallback):
         Raises:
             FileNotFoundError: the weights of an epoch are not there.
         """
-        last = self.trainer.state.num_train_epochs
-        paths = [self._path(epoch) for epoch in range(last - self.epochs + 1, last + 1)]
+        model.load_state_dict(mean_weights(self._averaged(self.trainer.state.num_train_epochs)))
+
+    def _averaged(self, trained: int) -> list[Path]:
+        """The files of those epochs up to `trained` that enter the mean; FileNotFoundError where some are absent."""
+        first = self.trainer.state.num_train_epochs - self.epochs + 1
+        paths = [self._path(epoch) for epoch in range(first, trained + 1)]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
             raise FileNotFoundError(
                 f"{self.folder} lacks {absent}: these epochs were trained without averaging. Average fewer epochs, or "
                 "train again in another folder"
             )
-        model.load_state_dict(mean_weights(paths))
+        return paths
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"{epoch}.safetensors"
