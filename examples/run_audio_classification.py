@@ -84,7 +84,7 @@ from transformers_cat.training import (
 )
 from transformers_cat.training.data import refuse_shared_clips
 from transformers_cat.training.metrics import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, probabilities
-from transformers_cat.training.protocol import refuse_training_clips
+from transformers_cat.training.protocol import refuse_training_clips, training_in
 from transformers_cat.training.report import data_fingerprint, git_state, refuse_changes, write_history, write_json
 from transformers_cat.training.scores import Scores
 
@@ -626,11 +626,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
 
 def keep_the_training_of(output_dir: str | Path) -> None:
     """Refuse to put an evaluation's results in the place of those of a training."""
-    path = Path(output_dir) / "results.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if run and run["arguments"]["training"]["do_train"]:
+    if training_in(output_dir):
         raise ValueError(
-            f"{path} is that of a training, and an evaluation would replace it: choose another --output_dir"
+            f"{output_dir} holds the results of a training, which an evaluation would replace: choose another "
+            "--output_dir"
         )
 
 

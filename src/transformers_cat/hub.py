@@ -39,7 +39,7 @@ def include_code(model: CATPreTrainedModel, feature_extractor: CATFeatureExtract
     if own not in AUTO_CLASSES:
         raise TypeError(
             f"Only the code of CATModel and CATForAudioClassification can be included, not that of a "
-            f"{own.__name__}: save it with `register_for_auto_class` and its own files instead."
+            f"{type(model).__name__}: save it with `register_for_auto_class` and its own files instead."
         )
     registered = {cls: cls._auto_class for cls in AUTO_CLASSES}
     auto_maps = [(owner, vars(owner).get("auto_map")) for owner in (model.config, feature_extractor)]

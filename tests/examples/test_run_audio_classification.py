@@ -291,7 +291,7 @@ class TestInterruption:
         with pytest.raises(ValueError, match=r"holds runs.*'test_folds': \(\[1\], \[2\]\).*another --output_dir"):
             script.main(arguments(folder, output, "--do_train", "--do_eval", "--test_folds", "2"))
         assert (output / "results.json").read_text() == (run[0] / "results.json").read_text()
-        with pytest.raises(ValueError, match="is that of a training, and an evaluation would replace it"):
+        with pytest.raises(ValueError, match="holds the results of a training, which an evaluation would replace"):
             script.main(arguments(folder, output, "--do_eval", "--model_name_or_path", str(output)))
         assert (output / "results.json").read_text() == (run[0] / "results.json").read_text()
 
@@ -817,6 +817,8 @@ class TestLabels:
         assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == script.MULTI_LABEL
         # It stays what it is where nothing but these clips says otherwise; the other classes of a new head do not.
         flags = ["--do_eval", "--model_name_or_path", str(tmp_path)]
+        (tmp_path / "again").mkdir()
+        (tmp_path / "again" / "results.json").write_text('{"arguments": {}}')  # of another script, which may go
         again = script.main(arguments(folder, tmp_path / "again", *flags))
         assert again["eval_mAP"] == metrics["eval_mAP"]
 

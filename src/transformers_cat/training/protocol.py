@@ -49,6 +49,13 @@ def refuse_reshuffled_folds(dataset: Dataset) -> None:
             )
 
 
+def training_in(folder: str | Path) -> dict | None:
+    """The `results.json` of a training in a folder; None where there is none, or that of something else."""
+    path = Path(folder) / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return results if results.get("arguments", {}).get("training", {}).get("do_train") else None
+
+
 def refuse_training_clips(model: str | Path, loaded: Dataset | DatasetDict, clips: Dataset) -> None:
     """Refuse to evaluate on what the model was trained on, where the `results.json` of its run is beside it.
 
@@ -61,12 +68,10 @@ def refuse_training_clips(model: str | Path, loaded: Dataset | DatasetDict, clip
     Raises:
         ValueError: the model was trained on some of the clips.
     """
-    path = Path(model) / "results.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    arguments = run.get("arguments", {})
-    if not arguments.get("training", {}).get("do_train"):
+    run = training_in(model)
+    if run is None:
         return
-    trained = arguments["data"]
+    trained = run["arguments"]["data"]
     if "fold" in clips.column_names and run.get("source") == data_fingerprint(loaded, sizes=False):
         held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
         if folds := sorted(set(clips["fold"][:]) - held_out):
