@@ -62,12 +62,17 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of recordings, or CSV file")
     parser.add_argument("--output_dir", required=True, type=Path, help="where the shards are written")
+    parser.add_argument(
+        "--multi_label",
+        action="store_true",
+        help="labels of a CSV file are multi-label, though no clip has several; some may have none",
+    )
     parser.add_argument("--clips_per_shard", type=int, default=1000, help="some 250 MB for clips of 10 s")
     parser.add_argument("--num_workers", type=int, default=multiprocessing.cpu_count(), help="processes")
     arguments = parser.parse_args(argv)
 
     missing = []
-    loaded = load_audio_dataset(arguments.data, on_missing="skip", missing=missing)
+    loaded = load_audio_dataset(arguments.data, on_missing="skip", missing=missing, multi_label=arguments.multi_label)
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     check_plan(arguments.output_dir, fingerprint(splits, arguments.clips_per_shard))

@@ -359,6 +359,7 @@ def _load(data_args: DataArguments, model_args: ModelArguments, missing: list[st
         "label_column": data_args.label_column_name,
         "on_missing": data_args.on_bad_audio,
         "missing": missing,
+        "multi_label": data_args.problem_type == MULTI_LABEL,
     }
     if data_args.train_file:
         files = {"train": data_args.train_file, "test": data_args.eval_file}

@@ -99,6 +99,15 @@ def test_clips_are_those_of_the_files(prepared, folder):
         np.testing.assert_allclose(row["audio"], expected, atol=2**-15)  # 16 bits
 
 
+def test_clips_without_a_label(script, folder, tmp_path):
+    table = folder / "negatives.csv"
+    table.write_text((folder / "clips.csv").read_text().replace(",b,", ",,"))
+    with pytest.raises(ValueError, match="clip number 2 has no label"):
+        script.main([*command(folder, tmp_path / "refused"), "--data", str(table)])
+    script.main([*command(folder, tmp_path / "negatives"), "--data", str(table), "--multi_label"])
+    assert load_audio_dataset(tmp_path / "negatives")["train"]["label"][:] == [[0], [], [0], [], [0], [], [0]]
+
+
 def test_source_is_known(prepared, folder):
     """What is prepared has the fingerprint of the recordings, but for their sizes."""
     recordings = load_audio_dataset(folder / "clips.csv", on_missing="skip").select(range(7))

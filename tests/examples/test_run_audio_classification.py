@@ -822,6 +822,14 @@ class TestLabels:
         again = script.main(arguments(folder, tmp_path / "again", *flags))
         assert again["eval_mAP"] == metrics["eval_mAP"]
 
+    def test_a_clip_without_a_label_where_none_has_several(self, script, folder, tmp_path):
+        table = folder / "negatives.csv"
+        table.write_text((folder / "clips.csv").read_text().replace(",low,", ",,"))
+        flags = ["--data", str(table), "--do_train", "--do_eval", "--max_steps", "1", "--mixup_probability", "0"]
+        metrics = script.main(arguments(folder, tmp_path, *flags, "--problem_type", script.MULTI_LABEL))
+        assert metrics["eval_mAP_classes"] == 2
+        assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 6
+
     def test_the_classes_are_those_of_the_weights(self, script, run, folder):
         """A configuration beside the checkpoint does not know them."""
         flags = ["--data", "x", "--output_dir", "y", "--do_eval", "--model_name_or_path", str(run[0])]

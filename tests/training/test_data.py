@@ -260,6 +260,16 @@ class TestCSV:
         assert dataset["label"][:] == [[0, 1], [1], []]
         assert "fold" not in dataset.column_names
 
+    def test_multi_label_though_no_clip_has_several(self, tmp_path):
+        for name in "abc":
+            write_clip(tmp_path / f"{name}.wav")
+        table = write_table(
+            tmp_path / "t.csv", [("audio", "label"), ("a.wav", ""), ("b.wav", "rain"), ("c.wav", "dog")]
+        )
+        dataset = load_audio_dataset(table, multi_label=True)
+        assert is_multi_label(dataset)
+        assert dataset["label"][:] == [[], [1], [0]]
+
     @pytest.mark.parametrize(
         ("rows", "message"),
         [

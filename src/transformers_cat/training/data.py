@@ -148,11 +148,12 @@ def read_csv(
     label_column: str = "label",
     on_missing: str = "error",
     missing: list[str] | None = None,
+    multi_label: bool = False,
 ) -> Dataset:
     """Read a UTF-8 CSV file with one clip per row.
 
-    Several labels in a cell are separated by ";"; one such cell makes the whole data set multi-label. A column `fold`
-    of integers is kept.
+    Several labels in a cell are separated by ";"; one such cell makes the whole data set multi-label, in which a clip
+    may also have no label. A column `fold` of integers is kept.
 
     Args:
         path: the CSV file.
@@ -160,6 +161,7 @@ def read_csv(
         label_column: column with the labels.
         on_missing: "error" (default) or "skip" rows whose file does not exist.
         missing: a list to which the paths of the rows that are left out are appended.
+        multi_label: that the data set is multi-label, though no clip has several labels.
 
     Returns:
         A data set with the columns `audio`, `label` and, if given, `fold`.
@@ -174,7 +176,7 @@ def read_csv(
     )
     kept = existing(paths, on_missing, missing)
     cells = [rows[i][label_column].strip() for i in kept]
-    names, labels = _encode_labels([_split_cell(cell) for cell in cells], path)
+    names, labels = _encode_labels([_split_cell(cell) for cell in cells], path, multi_label)
     folds = [integer(rows[i].get("fold", ""), "fold", path) for i in kept] if "fold" in rows[0] else None
     return build_dataset([paths[i] for i in kept], labels, names, folds)
 
@@ -185,6 +187,7 @@ def load_audio_dataset(
     label_column: str = "label",
     on_missing: str = "error",
     missing: list[str] | None = None,
+    multi_label: bool = False,
     **load_dataset_kwargs,
 ) -> Dataset | DatasetDict:
     """Load a data set from a folder or CSV file whose layout is recognised, or from the Hub.
@@ -197,6 +200,7 @@ def load_audio_dataset(
         on_missing: "error" (default) or "skip" table rows whose file does not exist, and files whose names are not
             UTF-8.
         missing: a list to which the names of what is left out are appended.
+        multi_label: that a CSV file is multi-label, though no clip has several labels: some may have none.
         load_dataset_kwargs: passed to `datasets.load_dataset` for a data set of the Hub (name, revision, token, ...).
 
     Returns:
@@ -213,7 +217,7 @@ def load_audio_dataset(
     if path.is_file():
         if path.suffix.lower() != ".csv":
             raise ValueError(f"{path} is not a data set that can be read; known layouts: {LAYOUTS}")
-        return read_csv(path, audio_column, label_column, on_missing, missing)
+        return read_csv(path, audio_column, label_column, on_missing, missing, multi_label)
     if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name_or_path)):
         raise FileNotFoundError(f"{name_or_path} does not exist; check the path of the data set")
     try:
@@ -450,16 +454,19 @@ def _split_cell(cell: str) -> list[str]:
     return [label.strip() for label in cell.split(LABEL_SEPARATOR) if label.strip()]
 
 
-def _encode_labels(labels: list[list[str]], source: str | Path) -> tuple[list[str], list]:
-    """Names and ids of lists of labels; lists of ids only where some clip has more than one label."""
+def _encode_labels(labels: list[list[str]], source: str | Path, multi_label: bool) -> tuple[list[str], list]:
+    """Names and ids of lists of labels; lists of ids where that is asked for or some clip has more than one label."""
     names = _sorted_names(name for row in labels for name in row)
     if not names:
         raise ValueError(f"{source} has no label at all")
     id_of = {name: i for i, name in enumerate(names)}
-    if any(len(row) > 1 for row in labels):
+    if multi_label or any(len(row) > 1 for row in labels):
         return names, [[id_of[name] for name in row] for row in labels]
     if [] in labels:
-        raise ValueError(f"{source}: clip number {labels.index([]) + 1} has no label; every clip needs one")
+        raise ValueError(
+            f"{source}: clip number {labels.index([]) + 1} has no label; every clip needs one, but for a multi-label "
+            "problem that is asked for as such"
+        )
     return names, [id_of[name] for (name,) in labels]
 
 
