@@ -72,6 +72,7 @@ from transformers_cat.training import (
     decode_audio,
     environment,
     is_multi_label,
+    label_by_recording,
     label_names,
     load_audio_dataset,
     main_metric,
@@ -179,6 +180,13 @@ class DataArguments:
         metadata={
             "help": "Data of ESC-50 or UrbanSound8K whose recordings on Freesound are left out of training, as where "
             "what is trained is later tested on them."
+        },
+    )
+    recordings_as_labels: bool = field(
+        default=False,
+        metadata={
+            "help": "Train a model of ESC-50 or UrbanSound8K to tell apart, within each class, the recordings on "
+            "Freesound that the clips were cut from: a better start for a transfer than the classes are."
         },
     )
     on_bad_audio: str = field(
@@ -334,6 +342,8 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
                 f"--leave_out_recordings_of {data_args.leave_out_recordings_of} leaves nothing to train on: it holds "
                 "the recordings of all clips"
             )
+    if data_args.recordings_as_labels:
+        splits = DatasetDict(train=label_by_recording(splits["train"]))
     limits = {"train": data_args.max_train_samples}
     for name, split in splits.items():
         limit = limits.get(name, data_args.max_eval_samples)
@@ -619,6 +629,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
     if args.muon and args.optim not in ADAMW:
         raise ValueError(
             f"--muon true trains by Muon and AdamW, --optim {args.optim.value} does not: use one of the two"
+        )
+    if args.do_eval and data_args.recordings_as_labels:
+        raise ValueError(
+            "--recordings_as_labels leaves nothing to evaluate, since what is held out is of other recordings: leave "
+            "out --do_eval, and give --eval_strategy no"
         )
     if not (args.do_train or model_args.model_name_or_path):
         raise ValueError("Without --do_train nothing is trained: name the model to evaluate by --model_name_or_path")

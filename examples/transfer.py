@@ -43,6 +43,11 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         action="store_true",
         help="between ESC-50 and UrbanSound8K: do not train on recordings of Freesound that the target has too",
     )
+    parser.add_argument(
+        "--recordings_as_labels",
+        action="store_true",
+        help="train on the source to tell the recordings within each of its classes apart",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_known_args(argv)
@@ -56,6 +61,8 @@ def train_source(args: argparse.Namespace, flags: list[str], seed: int, folder: 
             own += [f"--{name}", getattr(args, name)]
     if args.leave_out_shared_recordings:
         own += ["--leave_out_recordings_of", args.data]
+    if args.recordings_as_labels:
+        own.append("--recordings_as_labels")
     run.main([*flags, *own, "--do_train", "--eval_strategy", "no"])
 
 

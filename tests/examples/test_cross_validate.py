@@ -342,7 +342,8 @@ def test_transfer_of_a_peer(example, folder, tmp_path):
     assert 0 < weight.abs().max() <= weight.shape[1] ** -0.5
 
 
-def test_transfer_without_shared_recordings(example, folder, tmp_path):
+@pytest.mark.parametrize(("labels", "classes"), [([], 2), (["--recordings_as_labels"], 8)])
+def test_transfer_without_shared_recordings(example, folder, tmp_path, labels, classes):
     """Recordings 0 and 1 are in the target; of the source's six recordings, two clips each, four remain."""
     for name, count, pattern in (("clips", 2, "1-{}-A-{}.wav"), ("others", 6, "{}-{}-0-0.wav")):
         rows = [("audio", "label", "fold")]
@@ -354,8 +355,11 @@ def test_transfer_without_shared_recordings(example, folder, tmp_path):
             csv.writer(file).writerows(rows)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     more = ("--source", str(tmp_path / "others.csv"), "--leave_out_shared_recordings")
-    example("transfer").main(flags(tmp_path, tmp_path / "runs", *more))
-    assert json.loads((tmp_path / "runs" / "seed0" / "source" / "results.json").read_text())["clips"] == {"train": 8}
+    example("transfer").main(flags(tmp_path, tmp_path / "runs", *more, *labels))
+    source = json.loads((tmp_path / "runs" / "seed0" / "source" / "results.json").read_text())
+    assert source["clips"] == {"train": 8} and len(source["config"]["id2label"]) == classes
+    (tuned,) = (tmp_path / "runs" / "seed0" / "fine_tuned").glob("seed0/fold1/results.json")
+    assert len(json.loads(tuned.read_text())["config"]["id2label"]) == 2
 
 
 def test_ablation_table(example, folder, tmp_path):

@@ -759,6 +759,12 @@ def test_recordings_left_out_may_not_be_all(script, folder, tmp_path):
         script.main(command)
 
 
+def test_recordings_as_labels_leave_nothing_to_evaluate(script, folder, tmp_path):
+    for more in (["--do_eval"], ["--eval_strategy", "epoch"]):
+        with pytest.raises(ValueError, match="leave out --do_eval, and give --eval_strategy no"):
+            script.main(arguments(folder, tmp_path, "--do_train", "--recordings_as_labels", *more))
+
+
 def test_one_class_is_no_task(script, folder, tmp_path):
     (tmp_path / "clips.csv").write_text(f"audio,label,fold\n{folder}/low0.wav,low,1\n{folder}/low1.wav,low,2\n")
     command = arguments(folder, tmp_path, "--do_train", "--data", f"{tmp_path}/clips.csv")

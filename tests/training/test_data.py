@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from datasets import Audio, ClassLabel, Dataset, DatasetDict, List, Value
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from transformers_cat.training import data
 from transformers_cat.training.clips import decode_audio, validate_audio_files
@@ -15,6 +15,7 @@ from transformers_cat.training.data import (
     align_labels,
     as_multi_label,
     is_multi_label,
+    label_by_recording,
     label_names,
     load_audio_dataset,
     read_audiofolder,
@@ -85,8 +86,9 @@ class TestEsc50:
             assert np.bincount(labels[folds == fold]).tolist() == [8] * 10
 
 
-def clips_named(*names):
-    return Dataset.from_dict({"audio": list(names), "label": [0] * len(names)})
+def clips_named(*names, labels=None):
+    features = Features({"audio": Value("string"), "label": ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"audio": list(names), "label": labels or [0] * len(names)}, features=features)
 
 
 def test_one_split_is_no_split():
@@ -110,6 +112,22 @@ class TestSharedRecordings:
     def test_real(self, data_dir):
         urban, esc = (load_audio_dataset(data_dir / name) for name in ("urbansound8k", "esc10"))
         assert len(urban) - len(without_recordings_of(urban, esc)) == 12  # of 3 recordings
+        finer = label_by_recording(urban)
+        assert len(label_names(finer)) == 268
+        coarse = {name: name.rpartition(" ")[0] for name in label_names(finer)}
+        of_class = [label_names(urban)[label] for label in urban["label"]]
+        assert [coarse[label_names(finer)[label]] for label in finer["label"]] == of_class
+
+    def test_recordings_are_classes_within_theirs(self):
+        clips = clips_named("7-0-0-0.wav", "fold2/7-0-0-1.wav", "7-1-0-0.wav", "11-1-0-0.wav", labels=[0, 0, 1, 1])
+        finer = label_by_recording(clips)
+        assert label_names(finer) == ["a 7", "b 11", "b 7"]
+        assert finer["label"][:] == [0, 0, 2, 1]
+        assert finer["audio"][:] == clips["audio"][:]
+
+    def test_several_labels_have_no_recordings(self):
+        with pytest.raises(ValueError, match="have several labels each"):
+            label_by_recording(as_multi_label(clips_named("7-0-0-0.wav")))
 
 
 class TestUrbanSound8K:

@@ -342,6 +342,25 @@ def without_recordings_of(dataset: Dataset, other: Dataset | DatasetDict) -> Dat
     return dataset.select([i for i, number in enumerate(numbers) if number not in shared])
 
 
+def label_by_recording(dataset: Dataset) -> Dataset:
+    """Each class split into the Freesound recordings that its clips were cut from, as in "dog_bark 101415".
+
+    Trained to tell these apart, a model learns of each class what differs within it, which its features need for other
+    classes than those.
+
+    Raises:
+        ValueError: clips have several labels, or names other than those of ESC-50 and UrbanSound8K.
+    """
+    if is_multi_label(dataset):
+        raise ValueError("Clips have several labels each, so that no class can be split into its recordings")
+    names = label_names(dataset)
+    numbers = _freesound_numbers(dataset)
+    finer = [f"{names[label]} {number}" for label, number in zip(dataset.with_format(None)["label"], numbers)]
+    names = sorted(set(finer))
+    id_of = {name: i for i, name in enumerate(names)}
+    return _with_labels(dataset, [id_of[name] for name in finer], ClassLabel(names=names))
+
+
 def _freesound_numbers(dataset: Dataset | DatasetDict) -> list[str]:
     parts = dataset.values() if isinstance(dataset, DatasetDict) else [dataset]
     names = [clip_name(clip, i) for part in parts for i, clip in enumerate(raw_audio(part))]
@@ -349,7 +368,7 @@ def _freesound_numbers(dataset: Dataset | DatasetDict) -> list[str]:
     if None in numbers:
         raise ValueError(
             f"The clip {names[numbers.index(None)]} is not named as in ESC-50 or UrbanSound8K, by the number of its "
-            "recording on Freesound, so that it cannot be told which recordings both data sets have"
+            "recording on Freesound, so that it cannot be told which recording it is from"
         )
     return numbers
 
