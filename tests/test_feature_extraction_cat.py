@@ -152,6 +152,12 @@ def test_feat_extract_from_and_save_pretrained(tmp_path):
     assert with_mrmf(np.zeros(3_200), sampling_rate=RATE)["input_values"].shape == (1, 10, 96)
 
 
+def test_lengths_of_numpy_are_saved(tmp_path):
+    extractor = CATFeatureExtractor(window_lengths=list(np.array([400, 800])), hop_lengths=tuple(np.array([160, 320])))
+    extractor.save_pretrained(tmp_path)
+    assert CATFeatureExtractor.from_pretrained(tmp_path).hop_lengths == [160, 320]
+
+
 def test_attributes_that_are_set_count(clips):
     """What is computed is what would be saved."""
     extractor = CATFeatureExtractor()

@@ -93,8 +93,9 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         self.filters, self.num_bins, self.f_min, self.f_max = filters, num_bins, f_min, f_max
         self.log_offset, self.normalize_volume, self.whitening = log_offset, normalize_volume, whitening
         validate_mrmf(**mrmf_arguments(self))
-        # Lists, as JSON has them.
-        self.window_lengths, self.hop_lengths, self.filters = map(list, (window_lengths, hop_lengths, filters))
+        # Lists of Python's integers, as JSON has them.
+        self.window_lengths, self.hop_lengths = (list(map(int, lengths)) for lengths in (window_lengths, hop_lengths))
+        self.filters = list(filters)
         self.do_mrmf = do_mrmf
         self.return_attention_mask = return_attention_mask
         self._mrmf = None
