@@ -8,7 +8,8 @@ Every model (`cat`, and the peers in `peers.py`) is trained with each of the lea
 the rate that was best there on the others. What counts are those other folds: the first has chosen something. With one
 learning rate, nothing is chosen, and all folds count. All other flags are those of `cross_validate.py`, which resumes
 what was interrupted; with several `--seeds`, a score is their mean. The result is `results.json`, `table.md` and
-`table.png`, which keep the models of earlier calls into the same folder; only seeds and models may then differ.
+`table.png`, which keep the models of earlier calls into the same folder; only seeds and models may then differ. How far
+a model is behind CAT is given with its standard error over recordings.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from accelerate import PartialState
 from peers import PEERS, write_peer
 from transformers import AutoConfig, AutoModelForAudioClassification
 
+from transformers_cat.training import read_scores
 from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import plot_means, remember, write_results
+from transformers_cat.training.scores import accuracy_difference
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -75,6 +78,7 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
         "learning_rate": f"{best:g}",
         "tuning": {f"{rate:g}": score for rate, score in tuning.items()},
         "seeds": len(seeds),
+        "runs": [f"{model}/{folder.name}/seed{seed}" for seed in summary["seeds"]],
         "folds": folds,
         "mean": mean,
         "deviation": deviation,
@@ -84,12 +88,24 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     }
 
 
+def behind_cat(results: dict, output_dir: Path) -> dict[str, tuple[float, float | None]]:
+    """How far each other model is behind CAT, and the standard error, where clips have one label."""
+    if "cat" not in results or results["cat"]["metric"] != "accuracy":
+        return {}
+    scores = {
+        model: [read_scores(output_dir / run / "predictions.csv") for run in own["runs"]]
+        for model, own in results.items()
+    }
+    return {model: accuracy_difference(scores["cat"], scores[model]) for model in results if model != "cat"}
+
+
 def table(results: dict) -> str:
     """What `main` returns, as Markdown; with several seeds, a fold's figure is their mean."""
     folds = list(next(iter(results.values()))["folds"])
     tuned = any(own["tuning"] for own in results.values())
     with_seeds = any(own["seeds"] > 1 for own in results.values())
     with_loss = all("loss" in own for own in results.values())
+    with_difference = any("behind_cat" in own for own in results.values())
     rows = []
     for model, own in results.items():
         tuning = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in own["tuning"].items())
@@ -98,10 +114,12 @@ def table(results: dict) -> str:
         scores = [per_cent(own["folds"][fold], None) for fold in folds]
         mean = per_cent(own["mean"], own["deviation"])
         loss = [f"{own['loss']:.2f}"] if with_loss else []
-        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *seeds, *scores, mean, *loss])
+        behind = [per_cent(*own["behind_cat"]) if "behind_cat" in own else ""] if with_difference else []
+        rows.append([model, f"{own['parameters'] / 1e6:.2f} M", *chosen, *seeds, *scores, mean, *loss, *behind])
     columns = ["fold that chose the learning rate", "chosen"] if tuned else []
     columns += ["seeds"] if with_seeds else []
     columns += [f"fold {fold}" for fold in folds] + ["mean"] + (["loss"] if with_loss else [])
+    columns += ["behind CAT by"] if with_difference else []
     return markdown_table(["model", "parameters", *columns], rows)
 
 
@@ -119,7 +137,10 @@ def main(argv: list[str] | None = None) -> dict:
         remember({**own, "flags": flags}, args.output_dir / "flags.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results |= {model: measure(model, args, flags) for model in args.models}
+    results = {model: results[model] for model in ("cat", *PEERS) if model in results}
     if state.is_main_process:
+        for model, difference in behind_cat(results, args.output_dir).items():
+            results[model]["behind_cat"] = difference
         write_results(args.output_dir, results, table(results))
         metric = results[args.models[0]]["metric"]
         means = {model: {metric: (own["mean"], own["deviation"])} for model, own in results.items()}

@@ -445,7 +445,11 @@ def test_models_are_trained_alike_and_one_fold_chooses_the_learning_rate(example
         assert done == {"fold1", "fold2"}
     table = (tmp_path / "table.md").read_text()
     assert "| cnn | 0.39 M |" in table
-    assert "| fold that chose the learning rate | chosen | fold 2 | mean | loss |" in table
+    assert "| fold that chose the learning rate | chosen | fold 2 | mean | loss | behind CAT by |" in table
+    behind, _ = results["cnn"]["behind_cat"]
+    assert (
+        behind == pytest.approx(results["cat"]["mean"] - results["cnn"]["mean"]) and "behind_cat" not in results["cat"]
+    )
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 

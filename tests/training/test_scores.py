@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from transformers_cat.training import Scores, align_scores, average_scores, read_scores, write_scores
 from transformers_cat.training.metrics import PROBLEM_TYPES
-from transformers_cat.training.scores import concatenate_scores
+from transformers_cat.training.scores import accuracy_difference, concatenate_scores
 
 SINGLE, MULTI = PROBLEM_TYPES
 ONE = Scores(
@@ -116,6 +116,41 @@ def test_several_labels():
     assert scores.metrics(MULTI)["mAP_classes"] == 3
     with pytest.raises(ValueError, match="one label each, but not so: x/a.wav, x/c.wav"):
         scores.metrics(SINGLE)
+
+
+class TestDifference:
+    """Two models, by whether they are right; one's second run is wrong throughout on the first clip alone."""
+
+    PATHS = ["1-0-0-0.wav", "1-0-0-1.wav", "1-0-0-2.wav", "2-0-0-0.wav", "3-0-0-0.wav", "other.wav"]
+
+    def scores(self, right):
+        values = np.array([[0.9, 0.1] if one else [0.1, 0.9] for one in right])
+        return Scores(self.PATHS, ["a", "b"], values, labels=[["a"]] * len(right))
+
+    def test_clips_and_runs_are_averaged(self):
+        one = [self.scores([1, 1, 1, 1, 0, 1]), self.scores([0, 1, 1, 1, 0, 1])]
+        other = [self.scores([0, 0, 0, 1, 1, 0]).select([5, 4, 3, 2, 1, 0])]  # in any order
+        difference, _ = accuracy_difference(one, other)
+        assert difference == pytest.approx((0.5 + 1 + 1 + 0 - 1 + 1) / 6)
+        assert accuracy_difference(other, one)[0] == pytest.approx(-difference)
+        assert accuracy_difference(one, one) == (0.0, 0.0)
+
+    def test_error_is_that_of_a_bootstrap_over_recordings(self):
+        generator = np.random.default_rng(0)
+        sizes = generator.integers(1, 12, 200)
+        recordings = np.repeat(np.arange(200), sizes)
+        paths = [f"{recording}-0-0-{i}.wav" for i, recording in enumerate(recordings)]
+        right = (generator.random((2, 200)) < 0.6)[:, recordings] ^ (generator.random((2, len(paths))) < 0.1)
+        scores = [Scores(paths, ["a", "b"], np.stack([own, 1 - own], 1), [["a"]] * len(paths)) for own in right * 1.0]
+        _, error = accuracy_difference(scores[:1], scores[1:])
+        gains = np.bincount(recordings, right[0] * 1.0 - right[1])
+        drawn = generator.multinomial(200, np.full(200, 1 / 200), size=4000)
+        assert error == pytest.approx(np.std(drawn @ gains / (drawn @ sizes)), rel=0.05)
+        assert error > 2 * np.std(right[0] * 1.0 - right[1]) / len(paths) ** 0.5  # as if each clip were by itself
+
+    def test_one_recording_has_no_error(self):
+        scores = self.scores([1, 1, 0, 1, 1, 1]).select([0, 1, 2])
+        assert accuracy_difference([scores], [scores]) == (0.0, None)
 
 
 def test_a_class_may_have_the_separator_in_its_name(tmp_path):

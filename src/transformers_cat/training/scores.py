@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import EvalPrediction
 
 from .clips import clip_names, distinct
-from .data import LABEL_SEPARATOR, label_names
+from .data import LABEL_SEPARATOR, freesound_number, label_names
 from .metrics import MULTI_LABEL, SINGLE_LABEL, compute_metrics_for
 from .tables import integer, read_lines, some, write_rows
 
@@ -188,6 +188,32 @@ def average_scores(members: dict[str, Scores]) -> Scores:
     """
     aligned = list(members.values())
     return replace(aligned[0], values=np.mean([scores.values for scores in aligned], axis=0))
+
+
+def accuracy_difference(one: Sequence[Scores], other: Sequence[Scores]) -> tuple[float, float | None]:
+    """How much more accurate one model is than another on the same clips, each by the mean of its runs.
+
+    Clips of one recording on Freesound are right or wrong together, so that the recordings are what is drawn: the
+    error is that of a ratio estimate over them (Cochran, Sampling Techniques, 1977, ch. 6).
+
+    Args:
+        one, other: the scores of each run of the two models.
+
+    Returns:
+        The difference and its standard error; None for the error where there is one recording alone.
+    """
+    names = [f"{model} {run}" for model, runs in (("one", one), ("other", other)) for run in range(len(runs))]
+    aligned = list(align_scores(dict(zip(names, [*one, *other]))).values())
+    right = np.array([scores.values.argmax(1) == scores.targets().argmax(1) for scores in aligned])
+    gain = right[: len(one)].mean(0) - right[len(one) :].mean(0)
+    difference = gain.mean()
+    recordings = [freesound_number(path) or path for path in aligned[0].paths]
+    _, cluster = np.unique(recordings, return_inverse=True)
+    residuals = np.bincount(cluster, gain - difference)
+    if len(residuals) < 2:
+        return float(difference), None
+    variance = len(residuals) / (len(residuals) - 1) * np.square(residuals).sum()
+    return float(difference), float(np.sqrt(variance) / len(gain))
 
 
 def align_scores(members: dict[str, Scores]) -> dict[str, Scores]:
