@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, load_audio
-from transformers_cat.cli import SHIPPED, classify_files, describe, find_files, main
+from transformers_cat.cli import SHIPPED, classify_files, cut, describe, find_files, main
 
 from .conftest import awaken, small_config
 
@@ -161,6 +161,40 @@ def test_text_names_the_best_label_first(folder, capsys, checkpoint):
     best = pipeline("audio-classification", model=str(checkpoint))(load_audio(folder / "a.wav"), top_k=1)[0]
     assert out == f"{folder / 'a.wav'}: {best['label']} {best['score']:.2f}\n"
     assert "1 of 1 files, 1.0 s of audio" in err
+
+
+@pytest.mark.parametrize(
+    ("samples", "lengths"), [(49, [49]), (100, [100]), (149, [149]), (151, [100, 51]), (349, [100, 100, 149])]
+)
+def test_pieces_are_of_one_length_but_for_the_last(samples, lengths):
+    clip = np.arange(samples)
+    pieces = cut(clip, 100)
+    assert [len(piece) for piece in pieces] == lengths
+    np.testing.assert_array_equal(np.concatenate(pieces), clip)
+    (whole,) = cut(clip, None)
+    assert whole is clip or np.shares_memory(whole, clip)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pieces_are_scored_by_themselves(folder, capsys, checkpoint, batch_size):
+    options = ("--model", checkpoint, "--top", 2, "--batch_size", batch_size, "--every", 0.4)
+    status, out, err = run(capsys, "classify", folder, *options, "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    spans = [("a.wav", 0, 0.4), ("a.wav", 0.4, 1), ("b.FLAC", 0, 0.5)]  # one second, and half of one
+    assert status == 0 and "2 of 2 files, 1.5 s of audio" in err
+    assert [(Path(line["file"]).name, line["start"], line["end"]) for line in lines] == spans
+    classifier = pipeline("audio-classification", model=str(checkpoint))
+    for line in lines:
+        piece = load_audio(line["file"])[round(32_000 * line["start"]) : round(32_000 * line["end"])]
+        expected = {item["label"]: item["score"] for item in classifier(piece, top_k=2)}
+        assert {item["label"]: item["score"] for item in line["scores"]} == pytest.approx(expected, 1e-4)
+    _, out, _ = run(capsys, "classify", folder, *options, "--csv")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [(Path(row["file"]).name, float(row["start"]), float(row["end"])) for row in rows[::2]] == spans
+    assert [float(row["score"]) for row in rows] == [item["score"] for line in lines for item in line["scores"]]
+    _, out, _ = run(capsys, "classify", folder / "a.wav", *options)
+    best = lines[1]["scores"][0]
+    assert out.splitlines()[1].startswith(f"{folder / 'a.wav'} 0.4-1.0 s: {best['label']} {best['score']:.2f}, ")
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -405,12 +439,22 @@ def test_names_that_the_output_cannot_write_are_escaped(folder, checkpoint):
     assert b"3 of 3 files" in result.stderr and b"\xe9\\u65e5.mp3: there is no" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--top", "0"], ["--top", "two"], ["--batch_size", "-1"], ["--json", "--csv"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--top", "0"],
+        ["--top", "two"],
+        ["--batch_size", "-1"],
+        ["--json", "--csv"],
+        ["--every", "0"],
+        ["--every", "nan"],
+    ],
+)
 def test_impossible_flags_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as status:
         main(["classify", "a.wav", *arguments])
     err = capsys.readouterr().err
-    assert status.value.code == 2 and arguments[0] in err and "_positive" not in err
+    assert status.value.code == 2 and arguments[0] in err and "invalid" not in err
 
 
 @pytest.mark.parametrize(("device", "reason"), [("banana", "banana"), ("cuda:99", "99|NVIDIA|CUDA")])
@@ -469,7 +513,7 @@ def test_the_shipped_model_names_the_clips_that_it_learnt(data_dir):
     results = list(classify_files(classifier, files, top=1, batch_size=4))
     names = {"0": "dog", "1": "rooster", "10": "rain", "11": "sea_waves", "12": "crackling_fire", "20": "crying_baby"}
     names |= {"21": "sneezing", "38": "clock_tick", "40": "helicopter", "41": "chainsaw"}
-    right = [scores[0]["label"] == names[file.stem.split("-")[-1]] for file, _, scores, _ in results]
+    right = [scores[0]["label"] == names[file.stem.split("-")[-1]] for file, _, (scores,), _ in results]
     assert sum(right) / len(right) > 0.8
 
 

@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
-from math import isfinite, prod
+from itertools import accumulate, chain, islice
+from math import inf, isfinite, prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors import safe_open
@@ -66,39 +67,51 @@ def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     return list(once.values()), missing
 
 
-def classify_files(classifier: Pipeline, files: Iterable[Path], top: int, batch_size: int) -> Iterator[tuple]:
-    """Classifies files, of which `batch_size` are in memory at a time.
+def cut(clip: np.ndarray, length: int | None) -> list[np.ndarray]:
+    """Pieces of `length` samples, of which the last has half as many more or less; without a length, all in one."""
+    count = max(1, round(len(clip) / length)) if length else 1
+    return np.split(clip, [length * index for index in range(1, count)])
+
+
+def classify_files(
+    classifier: Pipeline, files: Iterable[Path], top: int, batch_size: int, every: float | None = None
+) -> Iterator[tuple]:
+    """Classifies files, or pieces of `every` seconds of them; `batch_size` files are in memory at a time.
 
     Yields:
-        (file, seconds of audio, scores as the pipeline gives them, `None`), or (file, 0, `None`, what went wrong).
+        (file, seconds of each of its pieces, scores of each as the pipeline gives them, `None`), or (file, `[]`,
+        `None`, what went wrong).
     """
     rate = classifier.feature_extractor.sampling_rate
     function = FUNCTIONS.get(classifier.model.config.problem_type, "softmax")
     options = {"top_k": top, "function_to_apply": function}
+    length = every and round(every * rate)
     files = iter(files)
     while batch := list(islice(files, batch_size)):
-        clips, scores, errors = {}, {}, {}
+        pieces, scores, errors = {}, {}, {}
         for file in batch:
             try:
-                clips[file] = load_audio(file, rate)
+                pieces[file] = cut(load_audio(file, rate), length)
             except (OSError, ValueError) as error:
                 errors[file] = error
         try:
-            if clips:  # of nothing, the pipeline makes an error
-                scores = dict(zip(clips, classifier(list(clips.values()), batch_size=batch_size, **options)))
+            if pieces:  # of nothing, the pipeline makes an error
+                every_piece = list(chain.from_iterable(pieces.values()))
+                answers = iter(classifier(every_piece, batch_size=batch_size, **options))
+                scores = {file: list(islice(answers, len(own))) for file, own in pieces.items()}
         except Exception:  # by one of them, and the others need not suffer; which it is depends on the model
-            for file, clip in clips.items():
+            for file, own in pieces.items():
                 try:
-                    scores[file] = classifier(clip, **options)
+                    scores[file] = classifier(own, **options)
                 except Exception as error:
                     errors[file] = error
         for file in batch:
-            if file in scores and not all(isfinite(item["score"]) for item in scores[file]):
+            if not all(isfinite(item["score"]) for answer in scores.get(file, ()) for item in answer):
                 errors[file] = ValueError("the model gives no number for it: are its weights damaged?")
             if file not in errors:
-                yield file, len(clips[file]) / rate, scores[file], None
+                yield file, [len(piece) / rate for piece in pieces[file]], scores[file], None
             else:
-                yield file, 0.0, None, errors[file]
+                yield file, [], None, errors[file]
 
 
 def classify(arguments: argparse.Namespace) -> int:
@@ -113,28 +126,42 @@ def classify(arguments: argparse.Namespace) -> int:
         classifier = pipeline("audio-classification", model=str(arguments.model), device=arguments.device)
     except Exception as error:  # what can be wrong with a checkpoint is up to its model
         return _refuse(arguments.model, error)
-    rows = csv.writer(sys.stdout, lineterminator="\n")
     if arguments.csv:
-        rows.writerow(["file", "rank", "label", "score"])
-    failed, heard, start = 0, 0.0, time.perf_counter()
-    results = classify_files(classifier, files, arguments.top, arguments.batch_size)
+        _print_row(["file", *(["start", "end"] if arguments.every else []), "rank", "label", "score"])
+    failed, heard, began = 0, 0.0, time.perf_counter()
+    results = classify_files(classifier, files, arguments.top, arguments.batch_size, arguments.every)
     for file, seconds, scores, error in tqdm(results, total=len(files), unit="file", disable=None, leave=False):
-        heard += seconds
         with tqdm.external_write_mode():  # or the line would be written into the bar
             if error is not None:
                 failed += 1
                 print(f"{file}: {_reason(error)}", file=sys.stderr)
-            elif arguments.json:
-                print(json.dumps({"file": str(file), "scores": scores}))
-            elif arguments.csv:
-                rows.writerows([file, rank, item["label"], item["score"]] for rank, item in enumerate(scores, 1))
-            else:
-                print(f"{file}: " + ", ".join(f"{item['label']} {item['score']:.2f}" for item in scores))
+                continue
+            ends = list(accumulate(seconds))
+            for start, end, answer in zip([0.0, *ends], ends, scores):
+                span = {"start": round(start, 3), "end": round(end, 3)} if arguments.every else {}
+                _print_scores(str(file), span, answer, arguments)
+            heard += ends[-1]
             sys.stdout.flush()
-    elapsed = time.perf_counter() - start
+    elapsed = time.perf_counter() - began
     done = f"{len(files) - failed} of {len(files)} files"
     print(f"{done}, {heard:.1f} s of audio, in {elapsed:.2f} s", file=sys.stderr)
     return int(failed > 0 or len(missing) > 0)
+
+
+def _print_scores(file: str, span: dict[str, float], scores: list[dict], arguments: argparse.Namespace) -> None:
+    """A file's scores, or those of a piece of it, in the form that was asked for."""
+    if arguments.json:
+        print(json.dumps({"file": file, **span, "scores": scores}))
+    elif arguments.csv:
+        for rank, item in enumerate(scores, 1):
+            _print_row([file, *span.values(), rank, item["label"], item["score"]])
+    else:
+        where = " {start:.1f}-{end:.1f} s".format(**span) if span else ""
+        print(f"{file}{where}: " + ", ".join(f"{item['label']} {item['score']:.2f}" for item in scores))
+
+
+def _print_row(cells: Sequence) -> None:
+    csv.writer(sys.stdout, lineterminator="\n").writerow(cells)
 
 
 def describe(model: str | Path) -> dict:
@@ -249,6 +276,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 0.1 <= (seconds := float(text)) < inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0.1, not {text}")
+
+
 def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
@@ -280,9 +314,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs, next to each other")
     command.add_argument("--model", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here")
     command.add_argument("--top", type=_positive, default=5, help="labels for each file, likeliest first; default: 5")
+    command.add_argument(
+        "--every",
+        type=_seconds,
+        metavar="SECONDS",
+        help="scores for each piece of so many seconds; default: all in one",
+    )
     output = command.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="JSON lines: an object for each file, on a line of its own")
-    output.add_argument("--csv", action="store_true", help="a row for each file and label: file, rank, label, score")
+    output.add_argument(
+        "--csv", action="store_true", help="a row for each label: file, (with --every: start, end,) rank, label, score"
+    )
     command.add_argument("--batch_size", type=_positive, default=1, help="files to classify at once; default: 1")
     command.add_argument(
         "--device", type=_device, help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU"
