@@ -294,7 +294,10 @@ class TestCSV:
             ([("file", "label"), ("a.wav", "x")], r"no column \['audio'\]; its columns are \['file', 'label'\]"),
             ([("audio", "label")], "has a header but no rows"),
             ([("audio", "label"), ("a.wav",)], "row 2 has fewer cells"),
-            ([("audio", "label"), ("a.wav", "x"), ("b.wav", "")], "clip number 2 has no label"),
+            (
+                [("audio", "label"), ("a.wav", "x"), ("b.wav", "")],
+                "clip number 2 has no label; .* say so by multi_label=True",
+            ),
             (
                 [("audio", "label"), ("a.wav", "x"), ("a.wav", "y")],
                 r"lists .*a\.wav twice; give a clip one row, and .* ';'",

@@ -483,8 +483,9 @@ def _encode_labels(labels: list[list[str]], source: str | Path, multi_label: boo
         return names, [[id_of[name] for name in row] for row in labels]
     if [] in labels:
         raise ValueError(
-            f"{source}: clip number {labels.index([]) + 1} has no label; every clip needs one, but for a multi-label "
-            "problem that is asked for as such"
+            f"{source}: clip number {labels.index([]) + 1} has no label; every clip needs one, unless the problem is "
+            "multi-label: say so by multi_label=True, --problem_type multi_label_classification in a training, or "
+            "--multi_label where clips are prepared"
         )
     return names, [id_of[name] for (name,) in labels]
 
