@@ -11,7 +11,7 @@
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import ablate
@@ -29,7 +29,7 @@ from transformers_cat.training.report import write_json
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
 SUMMARY = {"seeds", "mean", "deviation"}
-TRANSFER = {"linear probe", "fine-tuned"}
+TRANSFER = ("linear probe", "fine-tuned")
 
 
 def by_fold(title: str, runs: list[tuple[str, dict]]) -> str:
@@ -44,8 +44,16 @@ def by_fold(title: str, runs: list[tuple[str, dict]]) -> str:
 
 def transfer(summary: dict) -> str:
     """The two transfers of a `summary.json` of transfer.py."""
-    names = ("linear probe", "fine-tuned")
-    return by_fold("transfer", [(name, own) for name in names for own in summary[name]["seeds"].values()])
+    return by_fold("transfer", [(name, own) for name in TRANSFER for own in summary[name]["seeds"].values()])
+
+
+def transfers(summaries: dict[str, dict]) -> str:
+    """The means of several `summary.json` of transfer.py."""
+    rows = [
+        [row, *(per_cent(summary[name]["mean"], summary[name]["deviation"]) for name in TRANSFER)]
+        for row, summary in summaries.items()
+    ]
+    return markdown_table(["model, and what it was trained to tell apart", *TRANSFER], rows)
 
 
 def ensemble(results: dict) -> str:
@@ -62,8 +70,8 @@ def one_run(results: dict) -> str:
     return markdown_table(["training clips", "test clips", "epochs", "accuracy, %"], rows)
 
 
-# name -> the file that the runs leave, what is kept of it (all: None), how it is shown
-FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
+# name -> the file that the runs leave (or those of several rows), what is kept of it (all: None), how it is shown
+FIGURES: dict[str, tuple[str | dict[str, str], Container[str] | None, Callable[[dict], str]]] = {
     "esc10": ("esc10/summary.json", SUMMARY, cross_validate.table),
     "esc10_ensemble": ("esc10_ensemble/results.json", {"results"}, ensemble),
     "esc10_strided": ("esc10_strided/summary.json", SUMMARY, cross_validate.table),
@@ -77,9 +85,18 @@ FIGURES: dict[str, tuple[str, set[str] | None, Callable[[dict], str]]] = {
     "compare": ("compare/results.json", None, compare_models.table),
     "compare_us8k": ("compare_us8k/results.json", None, compare_models.table),
     "compare_unwhitened": ("compare_unwhitened/results.json", None, compare_models.table),
-    "transfer": ("transfer/summary.json", TRANSFER, transfer),
+    "transfer": (
+        {
+            "CAT, classes": "transfer/summary.json",
+            "CAT, recordings": "transfer_recordings/summary.json",
+            "CNN, classes": "transfer_cnn/summary.json",
+            "CNN, recordings": "transfer_cnn_recordings/summary.json",
+            "HTS-AT, classes": "transfer_hts-at/summary.json",
+        },
+        TRANSFER,
+        transfers,
+    ),
     "transfer_strided": ("transfer_strided/summary.json", TRANSFER, transfer),
-    "transfer_cnn": ("transfer_cnn/summary.json", TRANSFER, transfer),
     "volume": ("volume/results.json", None, robustness.table),
     "length": ("length/results.json", None, robustness.table),
     "precision": ("precision/results.json", None, robustness.table),
@@ -97,11 +114,22 @@ def collect(runs: Path, results: Path) -> None:
     """Keep what the documents need of the runs that are there."""
     results.mkdir(exist_ok=True)
     for name, (path, kept, _) in FIGURES.items():
-        if (runs / path).is_file():
-            content = json.loads((runs / path).read_text(encoding="utf-8"))
-            write_json(results / f"{name}.json", {key: content[key] for key in content if kept is None or key in kept})
+        target = results / f"{name}.json"
+        if isinstance(path, dict):
+            rows = {row: kept_of(runs / one, kept) for row, one in path.items() if (runs / one).is_file()}
+            before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+            if rows:
+                write_json(target, {row: {**before, **rows}[row] for row in path if row in rows or row in before})
+        elif (runs / path).is_file():
+            write_json(target, kept_of(runs / path, kept))
             if (picture := (runs / path).with_name("table.png")).is_file():
                 shutil.copy(picture, results / f"{name}.png")
+
+
+def kept_of(path: Path, kept: Container[str] | None) -> dict:
+    """What is kept of a file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {key: content[key] for key in content if kept is None or key in kept}
 
 
 def updated(texts: list[str], results: Path) -> list[str]:

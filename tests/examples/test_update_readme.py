@@ -22,6 +22,24 @@ def test_documents_are_what_the_runs_say(script):
     assert kept == {name for name in script.FIGURES if f"<!-- {name} -->" in "".join(texts)}
 
 
+def test_rows_come_from_several_runs_of_which_some_are_elsewhere(script, tmp_path):
+    scores = {"mean": 0.5, "deviation": None, "seeds": {}}
+    for name, mean in (("transfer", 0.5), ("transfer_cnn", 0.75)):
+        (tmp_path / name).mkdir()
+        summary = {"note": "none", "linear probe": scores, "fine-tuned": {**scores, "mean": mean, "deviation": 0.1}}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    script.collect(tmp_path, tmp_path / "results")
+    before = (tmp_path / "results/transfer.json").read_text()
+    assert list(json.loads(before)) == ["CAT, classes", "CNN, classes"] and "note" not in before
+    (tmp_path / "transfer/summary.json").unlink()
+    script.collect(tmp_path, tmp_path / "results")
+    assert (tmp_path / "results/transfer.json").read_text() == before
+    assert script.transfers(json.loads(before)).splitlines()[2:] == [
+        "| CAT, classes | 50.0 | 50.0 ± 10.0 |",
+        "| CNN, classes | 50.0 | 75.0 ± 10.0 |",
+    ]
+
+
 def test_figures_come_from_the_files(script, tmp_path):
     runs, results = tmp_path / "runs", tmp_path / "results"
     run = {"metrics": {"epoch": 7.0, "eval_accuracy": 0.5}, "clips": {"train": 4, "test": 2}, "environment": "secret"}
