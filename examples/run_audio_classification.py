@@ -186,8 +186,8 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Train a model of ESC-50 or UrbanSound8K to tell apart, within each class, the recordings on "
-            "Freesound that the clips were cut from: its embedding is better for other classes than that of a model "
-            "of the classes, but no better to start a fine-tuning from."
+            "Freesound that the clips were cut from. CAT's embedding was then better for other classes, but no better "
+            "to start a fine-tuning from."
         },
     )
     on_bad_audio: str = field(

@@ -318,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--every",
         type=_seconds,
         metavar="SECONDS",
-        help="scores for each piece of so many seconds; default: all in one",
+        help="scores for each piece of so many seconds, but for a shorter or longer last one; default: all in one",
     )
     output = command.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="JSON lines: an object for each file, on a line of its own")

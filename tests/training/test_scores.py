@@ -119,7 +119,7 @@ def test_several_labels():
 
 
 class TestDifference:
-    """Two models, by whether they are right; one's second run is wrong throughout on the first clip alone."""
+    """Two models, by the clips that they are right on."""
 
     PATHS = ["1-0-0-0.wav", "1-0-0-1.wav", "1-0-0-2.wav", "2-0-0-0.wav", "3-0-0-0.wav", "other.wav"]
 

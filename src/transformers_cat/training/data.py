@@ -345,8 +345,8 @@ def without_recordings_of(dataset: Dataset, other: Dataset | DatasetDict) -> Dat
 def label_by_recording(dataset: Dataset) -> Dataset:
     """Each class split into the Freesound recordings that its clips were cut from, as in "dog_bark 101415".
 
-    Trained to tell these apart, a model learns of each class what differs within it, which its features need for other
-    classes than those.
+    A model that tells these apart keeps what differs within a class, which its classes alone do not ask for, and other
+    classes may.
 
     Raises:
         ValueError: clips have several labels, or names other than those of ESC-50 and UrbanSound8K.
