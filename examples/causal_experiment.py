@@ -27,7 +27,7 @@ from transformers_cat.causal import conditional_pns
 from transformers_cat.training import label_names, read_esc50, read_urbansound8k
 from transformers_cat.training.probe import linear_probe
 from transformers_cat.training.protocol import markdown_table
-from transformers_cat.training.report import write_results
+from transformers_cat.training.report import remember, write_results
 
 FRAME_SHIFT = 1280  # samples: 40 ms, a quarter of the frames, since many models are trained
 SIZE = {
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    remember({"data": args.data, "epochs": args.epochs}, args.output_dir / "flags.json")
     journal = args.output_dir / "runs.jsonl"
     runs = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     done = {(run["question"], run["variant"], run["seed"]) for run in runs}

@@ -71,3 +71,6 @@ def test_experiment_measures_each_variant_and_goes_on_where_it_stopped(esc_folde
     experiment.main()
     assert capsys.readouterr().out.count("accuracy") == 1  # the one that was missing
     assert (tmp_path / "table.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*command, "--epochs", "3"])
+    with pytest.raises(ValueError, match=r"epochs.*2, 3"):
+        experiment.main()
