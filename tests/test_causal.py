@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ASTConfig, ASTForAudioClassification, Trainer, TrainingArguments
 
+from transformers_cat import CATForAudioClassification
 from transformers_cat.causal import (
     CausalModule,
     ReconstructionHead,
@@ -20,6 +21,8 @@ from transformers_cat.causal import (
     reconstruction_loss,
     roll_donors,
 )
+
+from .conftest import small_config
 
 BATCH, WIDTH, CLASSES = 6, 7, 5
 
@@ -773,6 +776,8 @@ def test_module_refuses_what_has_no_classes_or_no_names():
     for config in ({"problem_type": "regression"}, {"num_labels": 1}):  # which transformers takes for the same
         with pytest.raises(ValueError, match="the model is one of regression"):
             CausalModule(tiny_ast(**config))
+    with pytest.raises(ValueError, match="CATForAudioClassification has a causal loss of its own"):
+        CausalModule(CATForAudioClassification(small_config()))
     with pytest.raises(ValueError, match="drop `return_dict=False`"):
         CausalModule(tiny_ast())(input_values=clips(), labels=INDEX_LABELS, return_dict=False)
 

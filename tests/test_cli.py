@@ -89,6 +89,13 @@ def test_a_glob_goes_around_a_ring_of_links_once(folder):
     assert find_files([str(folder / "*.wav")]) == ([folder / "a.wav", folder / "other name.wav"], [])
 
 
+def test_a_link_to_nothing_is_named_by_whichever_way_it_is_reached(folder, capsys, checkpoint):
+    (folder / "gone.wav").symlink_to(folder / "nowhere.wav")
+    for pattern in (folder, folder / "*.wav"):
+        status, _, err = run(capsys, "classify", pattern, "--model", checkpoint)
+        assert status == 1 and f"{folder / 'gone.wav'}: " in err
+
+
 @pytest.mark.parametrize("pattern", ["missing.wav", "*.mp3", "empty"])
 def test_what_names_no_file_is_named_and_the_rest_go_on(folder, capsys, checkpoint, pattern):
     (folder / "empty").mkdir()
@@ -448,6 +455,7 @@ def test_names_that_the_output_cannot_write_are_escaped(folder, checkpoint):
         ["--json", "--csv"],
         ["--every", "0"],
         ["--every", "nan"],
+        ["--every", "1e305"],
     ],
 )
 def test_impossible_flags_are_refused(arguments, capsys):

@@ -244,3 +244,22 @@ def test_padding_has_the_padding_value():
     batch = CATFeatureExtractor(padding_value=-7.0)([clip, clip[:900]], sampling_rate=RATE, return_tensors="pt")
     padding = ~batch["attention_mask"].bool()
     assert padding.any() and (batch["input_values"][padding] == -7).all()
+
+
+def test_one_call_does_not_spoil_the_next():
+    extractor, clip = CATFeatureExtractor(), torch.randn(16_000)
+    expected = extractor(clip, sampling_rate=32_000)["input_values"]
+    extractor(clip, sampling_rate=32_000, return_tensors="pt", device="meta")
+    np.testing.assert_array_equal(extractor(clip, sampling_rate=32_000)["input_values"], expected)
+    extractor = CATFeatureExtractor()
+    with torch.inference_mode():
+        extractor(clip, sampling_rate=32_000)
+    waveform = clip[None].requires_grad_()
+    extractor.mrmf(waveform)[0].sum().backward()
+    assert waveform.grad.abs().max() > 0
+
+
+def test_what_is_done_to_the_dictionary_is_not_done_to_the_extractor():
+    extractor = CATFeatureExtractor()
+    extractor.to_dict()["filters"].append("other")
+    assert extractor.filters == CATFeatureExtractor().filters

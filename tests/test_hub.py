@@ -256,6 +256,9 @@ class TestIncludeCode:
 
         with pytest.raises(TypeError, match="not that of a Own"), include_code(Own(small_model.config), extractor):
             raise AssertionError("nothing may be saved")
+        remote = type("Remote", (CATForAudioClassification,), {"__module__": "transformers_modules.a.modeling_cat"})
+        with pytest.raises(TypeError, match="trust_remote_code"), include_code(remote(small_model.config), extractor):
+            raise AssertionError("nothing may be saved")
         sharded = type("FSDPOwn", (CATForAudioClassification,), {"__module__": "torch.distributed.fsdp"})
         with include_code(sharded(small_model.config), extractor):
             pass

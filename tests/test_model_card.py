@@ -265,3 +265,24 @@ def test_the_template_lies_with_the_models():
 
 def test_a_license_of_ones_own_counts(model):
     assert model_card(model, "x", [run()], "esc10", license="mit").data.license == "mit"
+
+
+def test_the_recipe_has_what_is_zero_or_off(model):
+    training = {**RUN["arguments"]["training"], "muon": False, "weight_decay": 0.0, "warmup_steps": 0.0, "seed": 0}
+    training |= {"max_steps": -1, "bf16": False, "average_last_epochs": 0}
+    text = model_card(model, "x", [run(arguments__training=training)]).text
+    for flag in ("muon False", "weight_decay 0.0", "warmup_steps 0.0", "seed 0", "average_last_epochs 0"):
+        assert f"--{flag}\n" in text
+    assert "--max_steps" not in text and "--bf16" not in text
+
+
+def test_a_metric_that_is_no_number_is_left_out(model):
+    for value, metrics in ((2.5, ["accuracy", "d_prime"]), (float("inf"), ["accuracy"]), (float("nan"), ["accuracy"])):
+        runs = [run(metrics__eval_d_prime=1.5), run(metrics__eval_d_prime=value)]
+        assert model_card(model, "x", runs).data.metrics == metrics
+
+
+def test_labels_by_text_as_the_official_script_leaves_them():
+    model = CATForAudioClassification(small_config())
+    model.config.id2label = {str(number): f"class {number}" for number in range(model.config.num_labels)}
+    assert "class 0, class 1" in words(model_card(model, "x"))

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import SwinConfig, SwinModel
 from transformers.integrations import sdpa_attention
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, CATModel
 from transformers_cat.causal import causal_loss, class_targets, conditional_pns
-from transformers_cat.linear import linear
+from transformers_cat.linear import linear, linear_after
 from transformers_cat.modeling_cat import (
     CATAttention,
     CATBatchNorm,
@@ -350,6 +351,25 @@ def test_gradients_of_a_linear_map(widths, shape):
             second = torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), learnt)
             results.append([*first, *gradients, *second])
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-5)
+
+
+def test_what_a_linear_layer_returns_can_be_changed_in_place():
+    """As some adapters and hooks do; alone, and behind a norm that is computed again in the backward pass."""
+    torch.manual_seed(0)
+    layer, tokens = CATLinear(16, 24), torch.randn(2, 3, 16, requires_grad=True)
+    for output in (layer(tokens), linear_after(nn.LayerNorm(16), layer, tokens)):
+        output += 1
+        (gradient,) = torch.autograd.grad(output.square().sum(), tokens)
+        assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_derivatives_of_a_linear_layer(grad):
+    torch.manual_seed(0)
+    layer, tokens, tangent = CATLinear(16, 24), torch.randn(5, 16), torch.randn(5, 16)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        output = forward_ad.unpack_dual(layer(forward_ad.make_dual(tokens, tangent)))
+    torch.testing.assert_close(output.tangent, tangent @ layer.weight.T)
 
 
 @torch.no_grad()
@@ -863,6 +883,25 @@ def test_frozen_weights_keep_their_statistics(frozen):
     assert moved == ({"feature_norm", "embeddings"} if frozen == "nothing" else set())
     if frozen == "all":
         torch.testing.assert_close(output.logits, model.eval()(features).logits)
+
+
+@pytest.mark.parametrize("saved", ["embeddings", "embeddings.projection", "feature_norm"])
+def test_statistics_move_where_an_adapter_saves_them(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = CATForAudioClassification(small_config())
+    model.save_pretrained(tmp_path / "base")
+    kept = ["classifier", "embeddings" if saved == "feature_norm" else saved, saved]
+    lora = peft.LoraConfig(target_modules=r".*attention\.output", modules_to_save=list(dict.fromkeys(kept)))
+    adapted = peft.get_peft_model(model, lora).train()
+    features = torch.randn(2, 40, model.config.feature_size) * 3 - 5
+    adapted(features, labels=torch.tensor([0, 1])).loss.backward()
+    moved = {name.split(".")[1] for name, buffer in model.named_buffers() if name.endswith("tracked") and buffer > 0}
+    assert ("feature_norm" in moved) == (saved == "feature_norm")
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = CATForAudioClassification.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(features).logits, adapted.eval()(features).logits)
 
 
 def test_a_single_frame_can_be_trained_on():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +79,28 @@ def test_loads_runs_and_saves_without_the_package(checkpoint, tmp_path):
         torch.testing.assert_close(outputs["logits"], expected.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs["latents"], expected.pooler_output, atol=1e-5, rtol=1e-5)
         assert {path.stem for path in (tmp_path / folder).glob("*.py")} == code
+
+
+TWICE = """
+import sys, torch
+from transformers import AutoModelForAudioClassification
+clip = torch.randn(1, 16_000)
+logits = [
+    AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True).eval()(clip).logits
+    for folder in sys.argv[1:]
+]
+import transformers_cat
+logits.append(transformers_cat.CATForAudioClassification.from_pretrained(sys.argv[1]).eval()(clip).logits)
+assert all(torch.allclose(logits[0], other, atol=1e-5) for other in logits)
+"""
+
+
+def test_several_checkpoints_bring_their_code_into_one_process(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", TWICE, str(checkpoint), str(tmp_path / "other")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_package_comes_before_the_code(checkpoint):

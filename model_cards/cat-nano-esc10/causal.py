@@ -345,6 +345,10 @@ class CausalModule(nn.Module):
             raise ValueError(f"The head '{self.head}' is not a torch.nn.Linear.")
         config = getattr(model, "config", None)
         kind = getattr(config, "problem_type", None)
+        if hasattr(config, "causal_loss_weight"):
+            raise ValueError(
+                f"{type(model).__name__} has a causal loss of its own: set `causal_loss_weight` in its configuration."
+            )
         if kind == "regression" or (kind is None and getattr(config, "num_labels", None) == 1):
             raise ValueError(
                 f"The causal loss is of classes, and the model is one of regression, by its `problem_type` {kind} and "

@@ -1,5 +1,7 @@
 """Feature extractor of the Causal Audio Transformer: waveforms to MRMF spectrograms."""
 
+import copy
+
 import numpy as np
 import torch
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
@@ -105,8 +107,11 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         """The front end for the attributes as they are now, kept until one of them changes."""
         arguments = mrmf_arguments(self)
         arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-        if self._mrmf is None or arguments != mrmf_arguments(self._mrmf):
-            self._mrmf = MRMFSpectrogram(**arguments)
+        kept = self._mrmf
+        # On the device "meta" it has lost its values.
+        if kept is None or next(kept.buffers()).is_meta or arguments != mrmf_arguments(kept):
+            with torch.inference_mode(False):  # or no gradient could ever be taken through what is kept
+                self._mrmf = MRMFSpectrogram(**arguments)
         return self._mrmf
 
     @property
@@ -130,7 +135,11 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
     def to_dict(self) -> dict:
         """The arguments, without the filter banks and windows that follow from them."""
         dictionary = {name: value for name, value in self.__dict__.items() if name != "_mrmf"}
-        return {**dictionary, "feature_size": self.feature_size, "feature_extractor_type": type(self).__name__}
+        return {
+            **copy.deepcopy(dictionary),
+            "feature_size": self.feature_size,
+            "feature_extractor_type": type(self).__name__,
+        }
 
     def save_pretrained(self, *args, **kwargs) -> list[str]:
         """As in transformers; but what is saved without its code does not name files that it lacks."""
@@ -215,7 +224,9 @@ class CATFeatureExtractor(SequenceFeatureExtractor):
         sample_mask = None if self.do_mrmf and masks.all() else torch.from_numpy(masks).to(device)
         if not self.do_mrmf:
             return values, sample_mask
-        values, frame_mask = self.mrmf.to(device)(values.squeeze(-1), sample_mask)
+        with torch.inference_mode(False):
+            mrmf = self.mrmf.to(device)
+        values, frame_mask = mrmf(values.squeeze(-1), sample_mask)
         if frame_mask is None:
             return values, torch.ones(values.shape[:2], dtype=torch.int32, device=values.device)
         return values.masked_fill_(~frame_mask[..., None], self.padding_value), frame_mask.int()

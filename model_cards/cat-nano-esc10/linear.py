@@ -6,8 +6,9 @@ from math import prod
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -28,13 +29,15 @@ def linear(
     if not plain or transformed() or not tokens.numel():
         return nn.functional.linear(tokens, weight, bias)
     if torch.is_grad_enabled():
-        return _OneDNN.apply(tokens, weight, bias, wanted)
+        # Shaped here: PyTorch refuses changes in place, as adapters and hooks make, of a view that a function returns.
+        return _OneDNN.apply(tokens, weight, bias, wanted).view(*tokens.shape[:-1], len(weight))
     return _onednn(tokens, weight, bias)
 
 
 def transformed() -> bool:
-    """Whether this is on its way through a compiler, a tracer or torch.func, which know PyTorch's own operations."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, a tracer, torch.func or forward-mode AD looks on, which know PyTorch's own operations."""
+    seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return seen or forward_ad._current_level >= 0
 
 
 def _onednn(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,7 +45,7 @@ def _onednn(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class _OneDNN(torch.autograd.Function):
-    """The gradient that oneDNN's operation lacks: two more linear maps and a sum."""
+    """(..., C) and (D, C) -> (N, D), with the gradient that oneDNN lacks: two more linear maps and a sum."""
 
     @staticmethod
     def forward(
@@ -50,15 +53,17 @@ class _OneDNN(torch.autograd.Function):
     ) -> torch.Tensor:
         to_tokens, to_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(tokens if to_weight else None, weight if to_tokens else None)
-        return _onednn(tokens, weight, bias) if wanted else tokens.new_empty(*tokens.shape[:-1], len(weight))
+        ctx.shape = tokens.shape
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        return _onednn(rows, weight, bias) if wanted else rows.new_empty(len(rows), len(weight))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         tokens, weight = ctx.saved_tensors
-        columns = gradient.reshape(-1, gradient.shape[-1]).t()  # (D, N)
+        columns = gradient.t()  # (D, N)
         to_tokens = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_tokens = linear(gradient, weight.t())
+            to_tokens = linear(gradient, weight.t()).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             channels = tokens.reshape(-1, tokens.shape[-1]).t()  # (C, N)
             # oneDNN copies what it takes for the tokens, so that these had better be the fewer.
@@ -69,12 +74,14 @@ class _OneDNN(torch.autograd.Function):
         return to_tokens, to_weight, to_bias, None
 
 
-if ONEDNN:
+def operations(tokens: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
+    """Of one call of oneDNN's, from the shapes: PyTorch counts those of its own linear maps alone."""
+    return 2 * prod(tokens) * weight[0]
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def operations(tokens: tuple[int, ...], weight: tuple[int, ...], *_, **__) -> int:
-        """Of one call, from the shapes: PyTorch counts those of its own linear maps alone."""
-        return 2 * prod(tokens) * weight[0]
+
+# Once in a process, in which this file may be loaded several times: each checkpoint that brings it has its own copy.
+if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(operations)
 
 
 class CATLinear(nn.Linear):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -39,6 +39,7 @@ TRAINING_ARGUMENTS = (
     "average_last_epochs",
     "muon",
 )
+UNSET = {("max_steps", -1), ("label_smoothing_factor", 0.0), ("bf16", False), ("fp16", False)}  # their defaults
 PACKAGES = ("transformers-cat", "torch", "torchaudio", "transformers")
 # Data arguments that say which clips are read and how, not what is done with them.
 SOURCE_ARGUMENTS = {
@@ -219,7 +220,9 @@ def model_card(
     license = license or (dataset.license if dataset else None)
     measured = [run for run in results if "eval_clips" in run["metrics"]]
     metrics = [
-        metric for metric in METRICS if measured and all(f"eval_{metric[0]}" in run["metrics"] for run in measured)
+        metric
+        for metric in METRICS
+        if measured and all(isfinite(run["metrics"].get(f"eval_{metric[0]}", nan)) for run in measured)
     ]
     reported = measured[:1] if measured and own is measured[0] else measured
     short_name = Path(name).name
@@ -253,7 +256,7 @@ def model_card(
         name=name,
         short_name=short_name,
         parameters=f"{model.num_parameters() / 1e6:.1f}",
-        labels=[model.config.id2label[i] for i in range(model.config.num_labels)],
+        labels=_labels(model.config),
         multi_label=model.config.problem_type == "multi_label_classification",
         regression=model.config.problem_type == "regression",
         function=FUNCTIONS.get(model.config.problem_type),
@@ -274,6 +277,12 @@ def model_card(
         recipe=_recipe(own),
         packages=[package for package in PACKAGES if own and package in own["environment"]],
     )
+
+
+def _labels(config) -> list[str]:
+    """The classes' names in order; transformers' own script leaves text for their numbers."""
+    names = {int(number): name for number, name in config.id2label.items()}
+    return [names[number] for number in range(config.num_labels)]
 
 
 def _data(run: Mapping) -> Mapping:
@@ -399,6 +408,7 @@ def _recipe(run: Mapping | None) -> dict | None:
     if run is None:
         return None
     training = run["arguments"]["training"]
-    recipe = {key: training[key] for key in TRAINING_ARGUMENTS if training.get(key) not in (None, False, -1)}
+    recipe = {key: training.get(key) for key in TRAINING_ARGUMENTS}
+    recipe = {key: value for key, value in recipe.items() if value is not None and (key, value) not in UNSET}
     recipe |= {key: value for key, value in _data(run).items() if key not in SOURCE_ARGUMENTS and value is not None}
     return {key: value for key, value in recipe.items() if "/" not in str(value) and "\\" not in str(value)}

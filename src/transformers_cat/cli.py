@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain, islice
-from math import inf, isfinite, prod
+from math import isfinite, prod
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def find_files(patterns: Sequence[str]) -> tuple[list[Path], list[str]]:
     for pattern in patterns:
         # A name that looks like a glob, such as "take [1].wav", may be that of a file.
         paths = [Path(pattern)] if os.path.exists(pattern) else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        matches = [file for path in paths for file in ([path] if path.is_file() else sorted(audio_files(path)))]
+        matches = [file for path in paths for file in (sorted(audio_files(path)) if path.is_dir() else [path])]
         found += matches
         if not matches:
             missing.append(pattern)
@@ -278,9 +278,9 @@ def _positive(text: str) -> int:
 
 def _seconds(text: str) -> float:
     with suppress(ValueError):
-        if 0.1 <= (seconds := float(text)) < inf:
+        if 0.1 <= (seconds := float(text)) <= 1e6:
             return seconds
-    raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0.1, not {text}")
+    raise argparse.ArgumentTypeError(f"must be a number of seconds, from 0.1 to 1e6, not {text}")
 
 
 def _device(text: str) -> torch.device:

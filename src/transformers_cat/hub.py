@@ -37,6 +37,11 @@ def include_code(model: CATPreTrainedModel, feature_extractor: CATFeatureExtract
     """
     own = next(cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))  # FSDP derives a class
     if own not in AUTO_CLASSES:
+        if own.__module__.startswith("transformers_modules."):
+            raise TypeError(
+                f"This {type(model).__name__} was loaded by `trust_remote_code`, and is saved with its code as it is: "
+                "call `save_pretrained`, or load the model with the package imported."
+            )
         raise TypeError(
             f"Only the code of CATModel and CATForAudioClassification can be included, not that of a "
             f"{type(model).__name__}: save it with `register_for_auto_class` and its own files instead."

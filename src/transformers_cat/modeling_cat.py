@@ -51,8 +51,8 @@ class CATModelOutput(BaseModelOutputWithPooling):
             stage passes it on.
         attentions (`tuple(torch.FloatTensor)`, *optional*): For the last block of each stage, `(B * windows, heads,
             tokens, tokens)`; the first `heads / G` heads read the first filter, and so on. In stages of even depth,
-            but the last, windows begin `shift` tokens into the map, (time, frequency), and those that span an end of it
-            hold the tokens of both ends.
+            but the last, windows begin `stage.windows(t, f)[1]` tokens into the map, (time, frequency), and those that
+            span an end of it hold the tokens of both ends.
     """
 
     token_mask: torch.BoolTensor | None = None
@@ -984,7 +984,7 @@ class CATModel(CATPreTrainedModel):
             raise ValueError("Pass `input_values`: the output of CATFeatureExtractor.")
         features, frame_mask = self.features(input_values, attention_mask)
         weight = self.embeddings.projection.weight
-        features = self.feature_norm(features, frame_mask, weight.requires_grad)  # which has no weights of its own
+        features = self.feature_norm(features, frame_mask, self._norm_learns())
         trunk, offsets = split_streams(self.embeddings(features.to(weight.dtype), frame_mask))
         token_mask = any_of(frame_mask, self.config.patch_size[0])
         for stage in self.stages:
@@ -1001,6 +1001,16 @@ class CATModel(CATPreTrainedModel):
             normalized_features=features,
             frame_mask=frame_mask,
         )
+
+    def _norm_learns(self) -> bool:
+        """Whether the norm of the features, which has no weights of its own, follows the batches it is trained on.
+
+        It does with the projection behind it; beside one that an adapter has copied, only if it is copied too: its
+        statistics would not be saved.
+        """
+        copied = any(hasattr(part, "original_module") for part in (self.embeddings, self.embeddings.projection))
+        kept = not copied or hasattr(self.feature_norm, "original_module")
+        return kept and self.embeddings.projection.weight.requires_grad
 
     @staticmethod
     def pool(tokens: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
