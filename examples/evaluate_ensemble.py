@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     clips = None
     if args.data:
-        loaded = without_only_split(load_audio_dataset(args.data))
+        loaded = without_only_split(load_audio_dataset(args.data, multi_label=args.problem_type == MULTI_LABEL))
         clips = choose_clips(loaded, args)
         for model in args.models:
             refuse_training_clips(model, loaded, clips)

@@ -66,9 +66,14 @@ class CNN(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.width = channels[-1]
 
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        features = self.layers(spectrogram[:, None]).flatten(2)
-        return self.dropout(features.mean(2) + features.amax(2))
+    def forward(self, spectrogram: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        features, maps = spectrogram[:, None], []
+        for layer in self.layers:
+            features = layer(features)
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(features.flatten(2).transpose(1, 2))  # (B, n, C)
+        pooled = self.dropout(maps[-1].mean(1) + maps[-1].amax(1))
+        return BaseModelOutputWithPooling(pooler_output=pooled, hidden_states=tuple(maps))
 
 
 class HTSAT(nn.Module):
@@ -92,8 +97,8 @@ class HTSAT(nn.Module):
             )
         )
 
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        return self.model(spectrogram[:, None]).pooler_output
+    def forward(self, spectrogram: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model(spectrogram[:, None], **kwargs)
 
 
 class AST(nn.Module):
@@ -115,15 +120,18 @@ class AST(nn.Module):
             )
         )
 
-    def forward(self, spectrogram: torch.Tensor) -> torch.Tensor:
-        return self.model(nn.functional.pad(spectrogram, (0, 0, 0, self.frames - spectrogram.shape[1]))).pooler_output
+    def forward(self, spectrogram: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model(nn.functional.pad(spectrogram, (0, 0, 0, self.frames - spectrogram.shape[1])), **kwargs)
 
 
 PEERS = {"cnn": CNN, "hts-at": HTSAT, "ast": AST}
 
 
 class PeerModel(nn.Module):
-    """(B, T, 64), the features of `CATFeatureExtractor` with one filter and one window -> `pooler_output` (B, d)."""
+    """(B, T, 64), the features of `CATFeatureExtractor` with one filter and one window -> `pooler_output` (B, d).
+
+    On request also `hidden_states`, (B, tokens, width) each: those of all pieces.
+    """
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -131,13 +139,22 @@ class PeerModel(nn.Module):
         self.norm = nn.BatchNorm1d(BINS)
         self.body = PEERS[config.kind](config)
 
-    def forward(self, input_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def forward(
+        self, input_values: torch.Tensor, attention_mask=None, output_hidden_states: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        input_values = input_values.to(self.norm.weight.dtype)
         spectrogram = self.norm(input_values.transpose(1, 2)).transpose(1, 2)
         frames = spectrogram.shape[1] if self.config.kind == "cnn" else self.config.num_frames
-        pooled = torch.stack([self.body(piece) for piece in spectrogram.split(frames, dim=1)])
+        pieces = [
+            self.body(piece, output_hidden_states=output_hidden_states) for piece in spectrogram.split(frames, dim=1)
+        ]
+        pooled = torch.stack([piece.pooler_output for piece in pieces])
         sound = (input_values > SILENCE).any(-1).float()  # (B, T)
         weight = torch.stack([piece.sum(1, keepdim=True) for piece in sound.split(frames, dim=1)]) + 1e-3
-        return BaseModelOutputWithPooling(pooler_output=(pooled * weight).sum(0) / weight.sum(0))
+        states = None
+        if output_hidden_states:
+            states = tuple(torch.cat(own, dim=1) for own in zip(*(piece.hidden_states for piece in pieces)))
+        return BaseModelOutputWithPooling(pooler_output=(pooled * weight).sum(0) / weight.sum(0), hidden_states=states)
 
 
 class PeerForAudioClassification(PreTrainedModel):

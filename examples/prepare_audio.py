@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict
 
 from transformers_cat.configuration_cat import SAMPLING_RATE
 from transformers_cat.training import load_audio_dataset
+from transformers_cat.training.data import as_multi_label
 from transformers_cat.training.report import write_json
 from transformers_cat.training.shards import PLAN, REPORT, shard_path, write_shard
 from transformers_cat.training.tables import write_rows
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     parser.add_argument(
         "--multi_label",
         action="store_true",
-        help="labels of a CSV file are multi-label, though no clip has several; some may have none",
+        help="the labels are multi-label, though no clip has several; in a CSV file, some may have none",
     )
     parser.add_argument("--clips_per_shard", type=int, default=1000, help="some 250 MB for clips of 10 s")
     parser.add_argument("--num_workers", type=int, default=multiprocessing.cpu_count(), help="processes")
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     missing = []
     loaded = load_audio_dataset(arguments.data, on_missing="skip", missing=missing, multi_label=arguments.multi_label)
     splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if arguments.multi_label:
+        splits = DatasetDict({split: as_multi_label(dataset) for split, dataset in splits.items()})
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     check_plan(arguments.output_dir, fingerprint(splits, arguments.clips_per_shard))
 

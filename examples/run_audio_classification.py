@@ -234,6 +234,9 @@ class DataArguments:
             raise ValueError("--eval_file needs --train_file: both files together define the classes")
         if len(sources) != 1:
             raise ValueError(f"Give one of --data, --dataset_name, --train_file, not {' and '.join(sources) or 'none'}")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"--{name} {limit} leaves no clip: give at least 1")
 
 
 def _recipe(name: str, default):
@@ -331,8 +334,13 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     # One process fills the caches that the others then read.
     with args.main_process_first(desc="loading the data set"):
         loaded = load_data(data_args, model_args, skipped)
-        others = data_args.leave_out_recordings_of and load_audio_dataset(data_args.leave_out_recordings_of)
+        others = data_args.leave_out_recordings_of and load_audio_dataset(
+            data_args.leave_out_recordings_of, on_missing=data_args.on_bad_audio
+        )
     splits = _split(loaded, data_args, args)
+    if isinstance(loaded, DatasetDict) and "train" in splits:
+        for name in splits.keys() - {"train"}:
+            refuse_shared_clips(splits["train"], splits[name])
     if not args.do_train and model_args.model_name_or_path:
         for name in splits.keys() - {"train"}:
             refuse_training_clips(model_args.model_name_or_path, loaded, splits[name])
@@ -349,7 +357,8 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
     for name, split in splits.items():
         limit = limits.get(name, data_args.max_eval_samples)
         if limit is not None and limit < len(split):
-            split = split.shuffle(seed=args.seed).select(range(limit))
+            # In memory, since the folder of prepared clips may be read-only.
+            split = split.shuffle(seed=args.seed, keep_in_memory=True).select(range(limit))
         splits[name] = split
         if data_args.check_audio:
             splits[name], unreadable = validate_audio_files(split, data_args.on_bad_audio)
@@ -410,9 +419,11 @@ def _split(loaded: Dataset | DatasetDict, data_args: DataArguments, args: Traini
     if args.do_train and "train" not in splits:
         raise ValueError("Every fold or split is held out; leave at least one to train on, see --train_split_name")
     if args.do_eval and not {"test", "validation"} & set(splits):
-        given = (
-            f"the folds {sorted(set(loaded['fold']))}" if "fold" in loaded.column_names else "neither folds nor splits"
-        )
+        given = "neither folds nor splits"
+        if isinstance(loaded, DatasetDict):
+            given = f"the splits {list(loaded)}, of which {data_args.train_split_name!r} is trained on"
+        elif "fold" in loaded.column_names:
+            given = f"the folds {sorted(set(loaded['fold']))}"
         raise ValueError(
             f"Nothing is held out for the evaluation; the data come with {given}. Give --test_folds or, beside "
             "--train_file, an --eval_file, put clips into a folder test/<class>/ beside train/<class>/, or train on "
@@ -631,6 +642,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[ModelArguments, DataArgumen
         raise ValueError(
             f"--muon true trains by Muon and AdamW, --optim {args.optim.value} does not: use one of the two"
         )
+    if model_args.init_from and model_args.model_name_or_path:
+        raise ValueError(
+            "--init_from starts a new model, --model_name_or_path goes on with a whole one: use one of the two"
+        )
     if args.do_eval and data_args.recordings_as_labels:
         raise ValueError(
             "--recordings_as_labels leaves nothing to evaluate, since what is held out is of other recordings: leave "
@@ -708,14 +723,47 @@ def remember_training(settings: dict, checkpoint: str | None, output_dir: str | 
     write_json(Path(output_dir) / TRAINING_NAME, settings)
 
 
+def find_best_checkpoint(checkpoint: str) -> TrainerState:
+    """The state of a checkpoint, after the path of the best one so far was corrected in it: the folder of the run may
+    have been moved, or may be named from another place.
+
+    Raises:
+        FileNotFoundError: the best one is gone, so that it cannot be chosen.
+    """
+    path = Path(checkpoint, TRAINER_STATE_NAME)
+    state = TrainerState.load_from_json(str(path))
+    if state.best_model_checkpoint is None:
+        return state
+    best = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
+    if not best.is_dir():
+        raise FileNotFoundError(
+            f"{best} is gone, which had the best epoch so far: put it back, or use a new --output_dir"
+        )
+    if str(best) != state.best_model_checkpoint:
+        state.best_model_checkpoint = str(best)
+        state.save_to_json(str(path))
+    return state
+
+
 def train(trainer: AudioTrainer, checkpoint: str | None) -> dict[str, float]:
     """Train to the end, and write and return the metrics; those of before if there was nothing left to train."""
-    before = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step if checkpoint else 0
+    before = 0
+    if checkpoint:
+        with trainer.args.main_process_first():
+            before = find_best_checkpoint(checkpoint).global_step
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     written = Path(trainer.args.output_dir) / "train_results.json"
     if trainer.state.global_step == before and written.is_file():
         logger.info("This training had ended already.")
         return json.loads(written.read_text(encoding="utf-8"))
+    if before:  # these are of what was left to train
+        metrics = {name: value for name, value in metrics.items() if name in ("epoch", "total_flos")}
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        trainer.args.load_best_model_at_end = False  # as the card says
+        logger.warning(
+            "The validation clips chose no epoch, since their %s is no number: the last epoch's model is kept.",
+            trainer.args.metric_for_best_model,
+        )
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()

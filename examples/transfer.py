@@ -5,12 +5,12 @@ r"""Train on one data set, then transfer to another that comes in folds (Table I
         --output_dir runs/us8k_to_esc50
 
 For each seed, a model of all clips of the source is trained into `seed<s>/source`. On the folds of the target, it is
-then a linear probe (`probe.json`: logistic regression on Z, nothing else is trained) and the start of a fine-tuning
-(`seed<s>/fine_tuned`). What is finished is not run again. All other flags are those of `run_audio_classification.py`
-and hold for both trainings, but for `--config_name`, `--config_overrides` and `--init_from`, which make the source's
-model.
+then a linear probe (`probe.json`: logistic regression on Z, nothing else is trained; `probe_of_layers.json`: on Z and
+all hidden states) and the start of a fine-tuning (`seed<s>/fine_tuned`). What is finished is not run again. All other
+flags are those of `run_audio_classification.py` and hold for both trainings, but for `--config_name`,
+`--config_overrides` and `--init_from`, which make the source's model.
 
-`summary.json` and `summary.md` hold both results, means over folds and seeds.
+`summary.json` and `summary.md` hold the results, means over folds and seeds.
 """
 
 import argparse
@@ -26,6 +26,9 @@ from transformers_cat.training import validate_audio_files
 from transformers_cat.training.probe import embed, linear_probe
 from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
 from transformers_cat.training.report import remember, write_json
+
+# name -> the file of a seed's result, and whether the probe reads all hidden states
+PROBES = {"linear probe": ("probe.json", False), "linear probe of all layers": ("probe_of_layers.json", True)}
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -73,7 +76,7 @@ def objective(args: argparse.Namespace) -> str:
     return json.dumps({name: getattr(config, name) for name in weights if hasattr(config, name)})
 
 
-def probe(source: Path, flags: list[str], path: Path) -> dict[int, float]:
+def probe(source: Path, flags: list[str], path: Path, layers: bool) -> dict[int, float]:
     """The linear probe's accuracy on each fold of the target that the flags name."""
     if not path.exists():
         model_args, data_args, _ = run.parse_arguments([*flags, "--output_dir", str(path.parent), "--do_train"])
@@ -81,17 +84,17 @@ def probe(source: Path, flags: list[str], path: Path) -> dict[int, float]:
         if data_args.check_audio:
             dataset, _ = validate_audio_files(dataset, data_args.on_bad_audio)
         model = AutoModelForAudioClassification.from_pretrained(source)
-        latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset)
+        latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset, layers=layers)
         write_json(path, linear_probe(latents, dataset["label"][:], dataset["fold"][:]))
     return {int(fold): accuracy for fold, accuracy in json.loads(path.read_text()).items()}
 
 
 def write_summary(summary: dict, title: str, output_dir: Path) -> None:
-    """Write both results as JSON and as a table."""
+    """Write the results as JSON and as a table."""
     write_json(output_dir / "summary.json", summary)
     rows = [
         [name, per_cent(summary[name]["mean"], summary[name]["deviation"]), summary[name]["deviation_of"]]
-        for name in ("linear probe", "fine-tuned")
+        for name in (*PROBES, "fine-tuned")
     ]
     table = markdown_table(["transfer", "accuracy, %", "± between"], rows)
     (output_dir / "summary.md").write_text(f"{title}. {summary['note']}\n\n{table}", encoding="utf-8")
@@ -114,21 +117,22 @@ def main(argv: list[str] | None = None) -> dict:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         own = {key: value for key, value in vars(args).items() if key not in ("seeds", "output_dir")}
         remember({**own, "flags": flags, **target.identity}, args.output_dir / "flags.json")
-    probed, fine_tuned = {}, {}
+    probed, fine_tuned = {name: {} for name in PROBES}, {}
     for seed in args.seeds:
         folder = args.output_dir / f"seed{seed}"
         source = folder / "source"
         if not (source / "results.json").exists():
             train_source(args, flags, seed, source)
         with state.main_process_first():
-            probed[seed] = probe(source, ["--data", args.data, *flags], folder / "probe.json")
+            for name, (file, layers) in PROBES.items():
+                probed[name][seed] = probe(source, ["--data", args.data, *flags], folder / file, layers)
         own = ["--data", args.data, "--model_name_or_path", str(source), "--ignore_mismatched_sizes"]
         own += ["--config_overrides", objective(args)]
         own += ["--seeds", str(seed), "--output_dir", str(folder / "fine_tuned")]
         fine_tuned[seed] = cross_validate.main([*flags, *own])["seeds"][seed]["folds"]
 
     note = comparability(args.data, target.folds, target.folds, target.num_classes)
-    summary = {"note": note, "linear probe": summarise(probed), "fine-tuned": summarise(fine_tuned)}
+    summary = {"note": note, **{name: summarise(probed[name]) for name in PROBES}, "fine-tuned": summarise(fine_tuned)}
     if state.is_main_process:
         write_summary(summary, f"{args.source} to {args.data}", args.output_dir)
     return summary

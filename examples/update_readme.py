@@ -22,6 +22,7 @@ import causal_experiment
 import compare_models
 import cross_validate
 import robustness
+from transfer import PROBES
 
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_json
@@ -29,7 +30,7 @@ from transformers_cat.training.report import write_json
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (RESULTS.parents[1] / "README.md", RESULTS / "README.md")
 SUMMARY = {"seeds", "mean", "deviation"}
-TRANSFER = ("linear probe", "fine-tuned")
+TRANSFER = (*PROBES, "fine-tuned")
 
 
 def by_fold(title: str, runs: list[tuple[str, dict]]) -> str:
@@ -43,16 +44,17 @@ def by_fold(title: str, runs: list[tuple[str, dict]]) -> str:
 
 
 def transfer(summary: dict) -> str:
-    """The two transfers of a `summary.json` of transfer.py."""
-    return by_fold("transfer", [(name, own) for name in TRANSFER for own in summary[name]["seeds"].values()])
+    """The transfers of a `summary.json` of transfer.py."""
+    return by_fold("transfer", [(name, own) for name in summary for own in summary[name]["seeds"].values()])
 
 
 def transfers(summaries: dict[str, dict]) -> str:
     """The means of several `summary.json` of transfer.py."""
-    rows = [
-        [row, *(per_cent(summary[name]["mean"], summary[name]["deviation"]) for name in TRANSFER)]
-        for row, summary in summaries.items()
-    ]
+
+    def cell(of: dict | None) -> str:
+        return per_cent(of["mean"], of["deviation"]) if of else ""  # not measured
+
+    rows = [[row, *(cell(summary.get(name)) for name in TRANSFER)] for row, summary in summaries.items()]
     return markdown_table(["model, and what it was trained to tell apart", *TRANSFER], rows)
 
 
@@ -92,6 +94,7 @@ FIGURES: dict[str, tuple[str | dict[str, str], Container[str] | None, Callable[[
             "CNN, classes": "transfer_cnn/summary.json",
             "CNN, recordings": "transfer_cnn_recordings/summary.json",
             "HTS-AT, classes": "transfer_hts-at/summary.json",
+            "AST, classes": "transfer_ast/summary.json",
         },
         TRANSFER,
         transfers,

@@ -301,6 +301,7 @@ def test_transfer(example, folder, tmp_path):
     command = flags(tmp_path, tmp_path, "--source", str(tmp_path / "others.csv"), *renamed)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
+    assert set(summary["linear probe of all layers"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert {"fingerprint", "config.embed_dim"} <= json.loads((tmp_path / "flags.json").read_text()).keys()
     source = json.loads((tmp_path / "seed0" / "source" / "results.json").read_text())
@@ -334,6 +335,7 @@ def test_transfer_of_a_peer(example, folder, tmp_path):
     command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
     summary = example("transfer").main(command)
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
+    assert set(summary["linear probe of all layers"]["seeds"][0]["folds"]) == {1, 2, 3}
     # A head of another size, and one of the same size for other classes, start anew.
     source = tmp_path / "seed0" / "source"
     model = example("peers").PeerForAudioClassification

@@ -108,6 +108,15 @@ def test_clips_without_a_label(script, folder, tmp_path):
     assert load_audio_dataset(tmp_path / "negatives")["train"]["label"][:] == [[0], [], [0], [], [0], [], [0]]
 
 
+def test_several_labels_of_a_folder_of_classes(script, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "clips" / name / "1.wav", np.zeros(800), RATE)
+    folders = ["--data", str(tmp_path / "clips"), "--output_dir", str(tmp_path / "shards"), "--num_workers", "1"]
+    script.main([*folders, "--multi_label"])
+    assert load_audio_dataset(tmp_path / "shards")["train"]["label"][:] == [[0], [1]]
+
+
 def test_source_is_known(prepared, folder):
     """What is prepared has the fingerprint of the recordings, but for their sizes."""
     recordings = load_audio_dataset(folder / "clips.csv", on_missing="skip").select(range(7))

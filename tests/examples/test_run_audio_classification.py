@@ -286,6 +286,23 @@ class TestInterruption:
         for name, value in load_file(tmp_path / "model.safetensors").items():
             torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
 
+    def test_a_folder_that_was_moved_keeps_the_chosen_epoch(self, script, folder, tmp_path):
+        flags = ["--do_train", "--do_eval", "--validation_folds", "2", "--num_train_epochs", "3"]
+        flags += ["--metric_for_best_model", "eval_loss", "--greater_is_better", "true"]  # so it is the first
+        command = arguments(folder, tmp_path / "one", *flags)
+        script.main(command)
+        shutil.move(tmp_path / "one", tmp_path / "other")
+        weights = load_file(tmp_path / "other/model.safetensors")
+        command = arguments(folder, tmp_path / "other", *flags)
+        script.main(command)
+        state = json.loads((tmp_path / "other/trainer_state.json").read_text())
+        assert state["best_global_step"] < state["global_step"]
+        again = load_file(tmp_path / "other/model.safetensors")
+        assert all(again[name].equal(weights[name]) for name in weights)
+        shutil.rmtree(tmp_path / "other" / Path(state["best_model_checkpoint"]).name)
+        with pytest.raises(FileNotFoundError, match="is gone, which had the best epoch"):
+            script.main(command)
+
     def test_neither_another_training_nor_an_evaluation_takes_its_place(self, script, run, folder, tmp_path):
         output = shutil.copytree(run[0], tmp_path / "out")
         with pytest.raises(ValueError, match=r"holds runs.*'test_folds': \(\[1\], \[2\]\).*another --output_dir"):
@@ -579,6 +596,9 @@ class TestArguments:
             (["--data", "x", "--eval_file", "y"], "--eval_file needs --train_file"),
             (["--data", "x", "--muon", "true", "--optim", "adafactor"], "--optim adafactor does not"),
             (["--data", "x", "--prediction_loss_only"], "leave no predictions to measure"),
+            (["--data", "x", "--model_name_or_path", "y", "--init_from", "z"], "use one of the two"),
+            (["--data", "x", "--max_train_samples", "0"], "--max_train_samples 0 leaves no clip"),
+            (["--data", "x", "--max_eval_samples", "-1"], "--max_eval_samples -1 leaves no clip"),
             (["--data", "x", "--eval_do_concat_batches", "false"], "leave no predictions to measure"),
             (["--data", "x", "--bf16_full_eval", "--use_cpu"], "would round the weights that are saved"),
         ],
@@ -671,6 +691,38 @@ class TestClips:
         assert again.splits["train"]["audio"][:] == clips.splits["train"]["audio"][:]
         assert len(set(clips.splits["train"]["label"])) > 1  # drawn, not the first ones
 
+    def test_limits_leave_prepared_clips_alone(self, script, folder, tmp_path):
+        flags = ["--data", f"{folder}/clips.csv", "--output_dir", f"{tmp_path}/shards", "--num_workers", "1"]
+        subprocess.run([sys.executable, SCRIPT.with_name("prepare_audio.py"), *flags], check=True)
+        before = sorted((tmp_path / "shards").iterdir())
+        flags = ["--do_train", "--max_train_samples", "5", "--data", str(tmp_path / "shards")]
+        clips, _ = self.clips(script, folder, tmp_path, *flags)
+        assert len(clips.splits["train"]) == 5 and sorted((tmp_path / "shards").iterdir()) == before
+
+    def audio_folder(self, folder, *splits):
+        for split in splits:
+            for name in ("a", "b"):
+                (folder / split / name).mkdir(parents=True)
+                soundfile.write(folder / split / name / f"{split}.wav", np.zeros(100), RATE)
+
+    def splits_of_a_folder(self, script, folder, *flags):
+        command = ["--do_train", "--do_eval", "--data", str(folder), "--output_dir", str(folder / "out"), *flags]
+        model_args, data_args, args = script.parse_arguments(command)
+        return script.load_clips(data_args, model_args, args).splits
+
+    def test_links_to_clips_of_the_training_are_no_test(self, script, tmp_path):
+        self.audio_folder(tmp_path, "train", "test")
+        assert set(self.splits_of_a_folder(script, tmp_path)) == {"train", "test"}
+        for name in ("a", "b"):
+            (tmp_path / "test" / name / "again.wav").symlink_to(tmp_path / "train" / name / "train.wav")
+        with pytest.raises(ValueError, match="2 clips are in training and in test"):
+            self.splits_of_a_folder(script, tmp_path)
+
+    def test_the_splits_are_named_where_none_is_left_to_test(self, script, tmp_path):
+        self.audio_folder(tmp_path, "train", "test")
+        with pytest.raises(ValueError, match=r"the splits \['train', 'test'\], of which 'test' is trained on"):
+            self.splits_of_a_folder(script, tmp_path, "--train_split_name", "test")
+
     def test_bad_audio(self, script, folder, tmp_path):
         with (folder / "clips.csv").open() as file:
             table = file.read() + "broken.wav,low,2\nabsent.wav,low,2\n"
@@ -745,6 +797,26 @@ class TestClips:
                 script._split(loaded, data_args, args)
         else:
             assert list(script._split(loaded, data_args, args)) == splits
+
+
+def test_validation_clips_without_a_label_choose_no_epoch(script, folder, tmp_path, capsys):
+    names = list(TONES)
+    rows = [f"{folder}/{name}{i}.wav,{'' if i % 3 == 1 else name},{i % 3 + 1}" for name in names for i in range(6)]
+    (tmp_path / "clips.csv").write_text("\n".join(["audio,label,fold", *rows]))
+    flags = ["--do_train", "--do_eval", "--problem_type", "multi_label_classification", "--validation_folds", "2"]
+    script.main(arguments(folder, tmp_path / "out", *flags, "--data", str(tmp_path / "clips.csv")))
+    assert "chose no epoch, since their mAP is no number" in capsys.readouterr().err
+    card = " ".join((tmp_path / "out/README.md").read_text().split())
+    assert "The last epoch is reported; no epoch was chosen" in card
+
+
+def test_a_resumed_training_claims_no_mean_of_the_whole(script, folder, tmp_path):
+    command = arguments(folder, tmp_path, "--do_train", "--do_eval")
+    assert "train_loss" in script.main(command)
+    for name in ("train_results.json", "results.json", "model.safetensors"):
+        (tmp_path / name).unlink()
+    metrics = script.main(command)
+    assert "train_loss" not in metrics and "eval_loss" in metrics
 
 
 def test_recordings_left_out_may_not_be_all(script, folder, tmp_path):

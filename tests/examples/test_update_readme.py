@@ -35,8 +35,8 @@ def test_rows_come_from_several_runs_of_which_some_are_elsewhere(script, tmp_pat
     script.collect(tmp_path, tmp_path / "results")
     assert (tmp_path / "results/transfer.json").read_text() == before
     assert script.transfers(json.loads(before)).splitlines()[2:] == [
-        "| CAT, classes | 50.0 | 50.0 ± 10.0 |",
-        "| CNN, classes | 50.0 | 75.0 ± 10.0 |",
+        "| CAT, classes | 50.0 |  | 50.0 ± 10.0 |",
+        "| CNN, classes | 50.0 |  | 75.0 ± 10.0 |",
     ]
 
 

@@ -278,6 +278,11 @@ class TestCSV:
         assert dataset["label"][:] == [[0, 1], [1], []]
         assert "fold" not in dataset.column_names
 
+    def test_a_label_that_is_named_twice_is_one(self, tmp_path):
+        write_clip(tmp_path / "a.wav")
+        table = write_table(tmp_path / "t.csv", [("audio", "label"), ("a.wav", "rain; rain")])
+        assert load_audio_dataset(table)["label"][:] == [0]
+
     def test_multi_label_though_no_clip_has_several(self, tmp_path):
         for name in "abc":
             write_clip(tmp_path / f"{name}.wav")
@@ -304,6 +309,8 @@ class TestCSV:
             ),
             ([("audio", "label"), ("a.wav", "")], "has no label at all"),
             ([("audio", "label", "fold"), ("a.wav", "x", "one")], "fold 'one' is not an integer"),
+            ([("audio", "label", "fold"), ("a.wav", "x"), ("b.wav", "y", "1")], "fold '' is not an integer"),
+            ([("audio", "label", "label"), ("a.wav", "x", "y")], r"several columns \['label'\]"),
         ],
     )
     def test_broken_tables(self, tmp_path, rows, message):
@@ -458,6 +465,17 @@ class TestHub:
         part = Dataset.from_dict({"label": labels}, features=datasets.Features({"label": feature}))
         with pytest.raises(ValueError, match=r"train: clip number 2 has no label"):
             data._with_class_labels({"train": part})
+
+    def test_a_split_without_any_label_is_left_out(self, caplog):
+        parts = {
+            split: Dataset.from_dict(
+                {"clip": [0, 1], "label": labels},
+                features=datasets.Features({"clip": Value("int64"), "label": Value("string")}),
+            )
+            for split, labels in (("train", ["dog", "cat"]), ("test", [None, None]))
+        }
+        assert data._with_class_labels(parts)["train"]["label"][:] == [1, 0]
+        assert list(data._with_class_labels(parts)) == ["train"] and "['test'] have no labels" in caplog.text
 
     @pytest.mark.parametrize("value", ["int64", "float32", "bool", "string"])
     def test_places_of_classes_are_no_labels(self, value):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 from datasets import Dataset
 
 from transformers_cat import CATFeatureExtractor, load_audio
@@ -61,6 +62,22 @@ def test_latents_are_those_of_evaluation_in_the_order_of_the_clips(small_model, 
     for path, latent in zip(paths, latents, strict=True):
         alone = small_model.eval()(**extractor(load_audio(path), sampling_rate=32_000, return_tensors="pt"))
         np.testing.assert_allclose(latent, alone.pooler_output[0].detach(), atol=1e-4)
+
+
+def test_latents_of_all_layers_follow_z_and_know_no_padding(small_model, tmp_path):
+    for i, samples in enumerate((9_000, 20_000)):
+        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, samples), 32_000)
+    dataset = Dataset.from_dict({"audio": [f"{tmp_path}/{i}.wav" for i in range(2)], "label": [0, 1]})
+    latents = embed(small_model, extractor := CATFeatureExtractor(), dataset, layers=True)
+    for i, own in enumerate(latents):
+        batch = extractor(load_audio(tmp_path / f"{i}.wav"), sampling_rate=32_000, return_tensors="pt")
+        with torch.no_grad():
+            outputs = small_model.eval()(**batch, output_hidden_states=True)
+        expected = [outputs.pooler_output[0].numpy()]
+        for state in outputs.hidden_states:
+            tokens = state[0].flatten(0, 1).numpy()
+            expected += [tokens.mean(0), tokens.max(0), tokens.std(0)]
+        np.testing.assert_allclose(own, np.concatenate(expected), atol=1e-4)
 
 
 def test_probe_is_of_standardised_latents():

@@ -84,6 +84,13 @@ def test_confusion_matrix(tmp_path, figures):
     assert path.stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", ["cash_$_register_$", "US$ and AU$"])
+def test_names_are_no_formulas(tmp_path, name):
+    assert plot_confusion_matrix([0, 1], [0, 1], [name, "dog"], tmp_path / "matrix.png").stat().st_size > 0
+    values = {name: {name: (0.5, None)}, "dog": {name: (0.5, 0.1)}}
+    assert plot_means(values, tmp_path / "means.png", "accuracy").stat().st_size > 0
+
+
 def test_confusion_matrix_of_many_classes_has_no_counts(tmp_path, figures):
     labels = np.arange(50)
     plot_confusion_matrix(labels, labels, [f"class {i}" for i in labels], tmp_path / "matrix.png")

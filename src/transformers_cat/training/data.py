@@ -177,7 +177,8 @@ def read_csv(
     kept = existing(paths, on_missing, missing)
     cells = [rows[i][label_column].strip() for i in kept]
     names, labels = _encode_labels([_split_cell(cell) for cell in cells], path, multi_label)
-    folds = [integer(rows[i].get("fold", ""), "fold", path) for i in kept] if "fold" in rows[0] else None
+    with_folds = any("fold" in row for row in rows)
+    folds = [integer(rows[i].get("fold", ""), "fold", path) for i in kept] if with_folds else None
     return build_dataset([paths[i] for i in kept], labels, names, folds)
 
 
@@ -470,7 +471,8 @@ def _with_utf8_names(
 
 
 def _split_cell(cell: str) -> list[str]:
-    return [label.strip() for label in cell.split(LABEL_SEPARATOR) if label.strip()]
+    labels = (label.strip() for label in cell.split(LABEL_SEPARATOR))
+    return list(dict.fromkeys(label for label in labels if label))
 
 
 def _encode_labels(labels: list[list[str]], source: str | Path, multi_label: bool) -> tuple[list[str], list]:
@@ -523,6 +525,10 @@ def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
     feature = next(iter(parts.values())).features["label"]
     multi = isinstance(feature, List)
     values = {split: part["label"][:] for split, part in parts.items()}
+    unlabelled = [split for split, rows in values.items() if all(row is None for row in rows)]
+    if unlabelled and len(unlabelled) < len(parts):  # as the test clips of a challenge
+        logger.warning("The splits %s have no labels, and are left out.", unlabelled)
+        parts, values = ({k: v for k, v in own.items() if k not in unlabelled} for own in (parts, values))
     for split, rows in values.items():
         unknown = [i for i, row in enumerate(rows, start=1) if row is None or (multi and None in row)]
         if unknown:

@@ -16,21 +16,36 @@ from .collate import AudioCollator
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, feature_extractor, dataset: Dataset, batch_size: int = 16) -> np.ndarray:
+def embed(
+    model: PreTrainedModel, feature_extractor, dataset: Dataset, batch_size: int = 16, layers: bool = False
+) -> np.ndarray:
     """The pooled latents Z (n, d) of the clips, in evaluation mode.
+
+    What a model was trained to tell apart shapes its last layers most, so that for other classes more is known with the
+    layers before: with `layers`, Z is followed by mean, maximum and standard deviation over the tokens of each hidden
+    state, (n, d + 3 * the sum of their widths).
 
     Args:
         model: any model whose base model has a `pooler_output`, CAT and AST among them.
         feature_extractor: the model's.
         dataset: clips, not decoded.
-        batch_size: clips at a time.
+        batch_size: clips at a time; with `layers` one, since hidden states come without a mask of their padding.
+        layers: whether to read the hidden states, (1, ..., tokens, width) each, too.
     """
     decoded = decode_audio(dataset.select_columns("audio"), feature_extractor.sampling_rate)
     collator = AudioCollator(feature_extractor, training=False, num_labels=0)
     model.eval()
-    batches = DataLoader(decoded, batch_size=batch_size, collate_fn=collator)
-    moved = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
-    return torch.cat([model.base_model(**batch).pooler_output.float().cpu() for batch in moved]).numpy()
+    batches = DataLoader(decoded, batch_size=1 if layers else batch_size, collate_fn=collator)
+    parts = []
+    for batch in batches:
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        outputs = model.base_model(**batch, output_hidden_states=layers)
+        latents = [outputs.pooler_output]
+        for state in outputs.hidden_states if layers else ():
+            tokens = state.flatten(1, -2)  # (1, n, width)
+            latents += [tokens.mean(1), tokens.amax(1), tokens.std(1, correction=0)]
+        parts.append(torch.cat(latents, dim=1).float().cpu())
+    return torch.cat(parts).numpy()
 
 
 def linear_probe(latents: np.ndarray, labels: Sequence[int], folds: Sequence[int]) -> dict[int, float]:

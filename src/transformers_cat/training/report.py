@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Value
@@ -37,6 +38,8 @@ PACKAGES = (
     "numpy",
 )
 _MAX_COUNTED_CLASSES = 20  # with more classes the numbers in the cells are too small to read
+# Names as they are: in that of a class "$" would begin a formula.
+_plain_text = matplotlib.rc_context({"text.parse_math": False})
 
 
 def plot_learning_curves(log_history: Sequence[dict], path: str | Path, metric: str = "accuracy") -> Path:
@@ -75,6 +78,7 @@ def plot_learning_curves(log_history: Sequence[dict], path: str | Path, metric: 
     return Path(path)
 
 
+@_plain_text
 def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str | Path) -> Path:
     """Plot the confusion matrix, each row divided by its number of clips, and save the figure.
 
@@ -108,6 +112,7 @@ def plot_confusion_matrix(labels, predictions, names: Sequence[str], path: str |
     return Path(path)
 
 
+@_plain_text
 def plot_means(values: dict[str, dict[str, tuple[float, float | None]]], path: str | Path, label: str) -> Path:
     """Plot groups of means as points, with their values beside them and deviations as whiskers, and save the figure.
 

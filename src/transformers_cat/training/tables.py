@@ -17,13 +17,16 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, lacks one of the `columns`, has no rows, or a row that is too short.
+        ValueError: it is not UTF-8, lacks one of the `columns` or has it twice, has no rows, or a row that is too
+            short.
     """
     lines = read_lines(path)
     header = next(lines, (0, []))[1]
     missing = [name for name in columns if name not in header]
     if missing:
         raise ValueError(f"{path} has no column {missing}; its columns are {header}")
+    if twice := [name for name in columns if header.count(name) > 1]:
+        raise ValueError(f"{path} has several columns {twice}: rename those that are not meant")
     rows = []
     for line, cells in lines:
         if any(header.index(name) >= len(cells) for name in columns):
@@ -80,8 +83,13 @@ def keep_found(
     if not absent:
         return kept
     listed = f"{len(absent)} of {len(names)} listed files do not exist: {some(absent)}"
-    if on_missing == "error" or not kept:
-        raise FileNotFoundError(f"{listed}. Complete the data set, or leave the rows out with on_missing='skip'")
+    if not kept:
+        raise FileNotFoundError(f"{listed}. Complete the data set, or remove the table that lists them")
+    if on_missing == "error":
+        raise FileNotFoundError(
+            f"{listed}. Complete the data set, or leave the rows out: by on_missing='skip', --on_bad_audio skip in a "
+            "training, or examples/prepare_audio.py, whose shards lack them"
+        )
     logger.warning("%s. Their rows are left out.", listed)
     if missing is not None:
         missing += absent
