@@ -98,7 +98,10 @@ class HTSAT(nn.Module):
         )
 
     def forward(self, spectrogram: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        return self.model(spectrogram[:, None], **kwargs)
+        output = self.model(spectrogram[:, None], **kwargs)
+        if output.hidden_states is not None:  # maps, (B, C, time, frequency)
+            output.hidden_states = tuple(state.flatten(2).transpose(1, 2) for state in output.hidden_states)
+        return output
 
 
 class AST(nn.Module):
@@ -149,7 +152,7 @@ class PeerModel(nn.Module):
             self.body(piece, output_hidden_states=output_hidden_states) for piece in spectrogram.split(frames, dim=1)
         ]
         pooled = torch.stack([piece.pooler_output for piece in pieces])
-        sound = (input_values > SILENCE).any(-1).float()  # (B, T)
+        sound = (input_values > SILENCE).any(-1).to(spectrogram.dtype)  # (B, T)
         weight = torch.stack([piece.sum(1, keepdim=True) for piece in sound.split(frames, dim=1)]) + 1e-3
         states = None
         if output_hidden_states:

@@ -510,6 +510,16 @@ def test_peers_read_long_clips_in_pieces_and_learn_from_soft_labels(example, kin
     logits = [model(piece).logits for piece in (first, second)]
     together = model(torch.cat([first, second], dim=1)).logits
     assert together.shape == (2, 3)
+    both, alone = (
+        model.base_model(clip, output_hidden_states=True).hidden_states
+        for clip in (torch.cat([first, second], 1), first)
+    )
+    assert len(alone) > 2 and all(state.ndim == 3 for state in alone)
+    for state, own in zip(both, alone, strict=True):
+        assert state.shape[1] == 2 * own.shape[1]
+        if kind != "cnn":  # whose convolutions see beyond a piece
+            torch.testing.assert_close(state[:, : own.shape[1]], own)
+    assert copy.deepcopy(model).bfloat16()(first).logits.dtype == torch.bfloat16
     if kind != "cnn":
         torch.testing.assert_close(together, (logits[0] + logits[1]) / 2)
         # Silence has no say.

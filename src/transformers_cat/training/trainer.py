@@ -26,8 +26,9 @@ class AudioTrainer(Trainer):
     log, of all processes. Models that do not return them train as with the plain Trainer. Running averages of batch
     norms are means over the processes, so all of them evaluate the same model. The labels that CAT trains with, and any
     model that trains with mixup, are smoothed by `label_smoothing_factor` before it sees them: the plain Trainer takes
-    the labels away from the model to do so, and with them l_c and l_rs, and knows no labels but class ids. What is
-    evaluated is not smoothed. The collators get whole rows, whatever `remove_unused_columns` says.
+    the labels away from the model to do so, and with them l_c and l_rs, and knows no labels but class ids. Several
+    labels of a clip are not smoothed, of which transformers warns, nor is what is evaluated. The collators get whole
+    rows, whatever `remove_unused_columns` says.
 
     Args:
         eval_collator: Collator of evaluation and prediction; `data_collator` is that of training.
