@@ -525,7 +525,7 @@ def _with_class_labels(parts: dict[str, Dataset]) -> dict[str, Dataset]:
     feature = next(iter(parts.values())).features["label"]
     multi = isinstance(feature, List)
     values = {split: part["label"][:] for split, part in parts.items()}
-    unlabelled = [split for split, rows in values.items() if all(row is None for row in rows)]
+    unlabelled = [split for split, rows in values.items() if rows and all(row is None for row in rows)]
     if unlabelled and len(unlabelled) < len(parts):  # as the test clips of a challenge
         logger.warning("The splits %s have no labels, and are left out.", unlabelled)
         parts, values = ({k: v for k, v in own.items() if k not in unlabelled} for own in (parts, values))
