@@ -91,10 +91,19 @@ def test_models_of_different_kinds(script, folder, tmp_path):
 def test_prepared_clips_are_in_folds_too(script, folder, tmp_path, monkeypatch):
     """They come as the one split `train`."""
     prepared = DatasetDict(train=load_audio_dataset(folder / "clips.csv"))
-    monkeypatch.setattr(script, "load_audio_dataset", lambda _: prepared)
+    monkeypatch.setattr(script, "load_audio_dataset", lambda _, multi_label: prepared)
     command = ["--data", "prepared", "--models", str(folder / "cat"), "--output_dir", str(tmp_path)]
     script.main([*command, "--test_folds", "2"])
     assert read_scores(tmp_path / "predictions.csv").folds == [2, 2]
+
+
+def test_the_kind_of_problem_is_for_the_clips_too(script, folder, tmp_path):
+    """Of which some may then have no label, though none has several."""
+    rows = ["audio,label", *(f"{folder}/{i}.wav,{label}" for i, label in enumerate((*NAMES, "")))]
+    (table := tmp_path / "clips.csv").write_text("\n".join(rows))
+    command = ["--data", str(table), "--models", str(folder / "cat"), "--output_dir", str(tmp_path / "out")]
+    script.main([*command, "--problem_type", "multi_label_classification"])
+    assert read_scores(tmp_path / "out" / "predictions.csv").labels == [["dog"], ["rain"], []]
 
 
 def test_folds_are_those_of_data(script, tmp_path, capsys):
