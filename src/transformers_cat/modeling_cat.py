@@ -1005,8 +1005,8 @@ class CATModel(CATPreTrainedModel):
     def _norm_learns(self) -> bool:
         """Whether the norm of the features, which has no weights of its own, follows the batches it is trained on.
 
-        It does with the projection behind it; beside one that an adapter has copied, only if it is copied too: its
-        statistics would not be saved.
+        It does with the projection behind it; beside one that peft has copied (`modules_to_save`, whose wrapper has an
+        `original_module`), only if it is copied too: its statistics would not be saved.
         """
         copied = any(hasattr(part, "original_module") for part in (self.embeddings, self.embeddings.projection))
         kept = not copied or hasattr(self.feature_norm, "original_module")

@@ -292,14 +292,18 @@ def test_publish(example, folder, tmp_path):
         publish([*map(str, command)])
 
 
-def test_transfer(example, folder, tmp_path):
+def test_transfer(example, folder, tmp_path, monkeypatch):
     for name in ("clips", "others"):  # with a column of another name
         _, *rows = (folder / f"{name}.csv").read_text().splitlines()
         (tmp_path / f"{name}.csv").write_text("\n".join(["audio,sound,fold", *(f"{folder}/{row}" for row in rows)]))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     renamed = ("--label_column_name", "sound")
     command = flags(tmp_path, tmp_path, "--source", str(tmp_path / "others.csv"), *renamed)
-    summary = example("transfer").main(command)
+    widths, transfer = [], example("transfer")
+    fit = transfer.linear_probe
+    monkeypatch.setattr(transfer, "linear_probe", lambda z, *more: (widths.append(z.shape[1]), fit(z, *more))[1])
+    summary = transfer.main(command)
+    assert widths[0] < widths[1]  # of Z, and of all layers
     assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["linear probe of all layers"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}

@@ -829,6 +829,13 @@ def test_recordings_left_out_may_not_be_all(script, folder, tmp_path):
     command = arguments(folder, tmp_path, "--do_train", "--data", table, "--leave_out_recordings_of", table)
     with pytest.raises(ValueError, match="leaves nothing to train on: it holds the recordings of all clips"):
         script.main(command)
+    others = tmp_path / "others.csv"
+    others.write_text("\n".join([*rows, "1-8-A-0.wav,low,1"]))  # of which one is missing
+    command = [*command, "--leave_out_recordings_of", str(others)]
+    with pytest.raises(FileNotFoundError, match="1-8-A-0.wav"):
+        script.main(command)
+    with pytest.raises(ValueError, match="leaves nothing to train on"):
+        script.main([*command, "--on_bad_audio", "skip"])
 
 
 def test_recordings_as_labels_leave_nothing_to_evaluate(script, folder, tmp_path):
