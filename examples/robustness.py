@@ -31,13 +31,16 @@ from transformers_cat.training import (
     decode_audio,
     is_multi_label,
     load_audio_dataset,
+    read_scores,
     split_folds,
     without_only_split,
 )
+from transformers_cat.training.clips import clip_names
 from transformers_cat.training.metrics import SINGLE_LABEL, probabilities
 from transformers_cat.training.protocol import markdown_table, per_cent
 from transformers_cat.training.report import write_results
 from transformers_cat.training.scores import Scores
+from transformers_cat.training.tables import some
 
 
 def quantised(model: torch.nn.Module) -> torch.nn.Module:
@@ -98,7 +101,8 @@ def tested_clips(runs: Path, dataset: Dataset | DatasetDict) -> dict[Path, Datas
 
     Raises:
         FileNotFoundError: `runs` holds none.
-        ValueError: clips have several labels, or come in splits instead of folds.
+        ValueError: clips have several labels, or come in splits instead of folds; or a run was not tested on clips that
+            its folds have here, so that it may have been trained on them.
     """
     if isinstance(dataset, DatasetDict):
         raise ValueError(f"The data come in the splits {list(dataset)}; the models of folds hear the clips of folds")
@@ -108,7 +112,12 @@ def tested_clips(runs: Path, dataset: Dataset | DatasetDict) -> dict[Path, Datas
     if not finished:
         raise FileNotFoundError(f"{runs} holds no seed*/fold*/results.json of a finished run of cross_validate.py")
     folds = {path.parent: json.loads(path.read_text())["arguments"]["data"]["test_folds"] for path in finished}
-    return {folder: split_folds(dataset, own)["test"] for folder, own in folds.items()}
+    clips = {folder: split_folds(dataset, own)["test"] for folder, own in folds.items()}
+    for folder, own in clips.items():
+        tested = {Path(name).name for name in read_scores(folder / "predictions.csv").paths}
+        if others := [name for name in clip_names(own) if Path(name).name not in tested]:
+            raise ValueError(f"{folder} was not tested on {some(others)}: pass the --data and folds of the run")
+    return clips
 
 
 def changes(decibels: list[float], seconds: list[float]) -> dict[str, Callable[[torch.Tensor, int], torch.Tensor]]:

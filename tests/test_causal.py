@@ -1,6 +1,8 @@
 """The causal module: each exact property of its estimators, and its behaviour inside a model and a training run."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -730,6 +732,15 @@ def test_module_leaves_no_hook_behind():
     with pytest.raises(ValueError):
         module(input_values=clips(), labels=INDEX_LABELS[:2])
     assert not model.classifier.dense._forward_pre_hooks
+
+
+def test_module_output_can_be_pickled():
+    output = CausalModule(tiny_ast())(input_values=clips(), labels=INDEX_LABELS, output_hidden_states=True)
+    detached = {name: value.detach() for name, value in output.items() if isinstance(value, torch.Tensor)}
+    again = pickle.loads(pickle.dumps(type(output)(**detached)))
+    assert type(again) is type(output) and list(again) == list(detached)
+    assert_same(again.causal_loss, output.causal_loss, 0)
+    assert_same(copy.deepcopy(again).loss, output.loss, 0)
 
 
 def test_module_state_dict_is_the_model_under_a_prefix():

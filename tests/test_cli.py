@@ -103,13 +103,18 @@ def test_what_names_no_file_is_named_and_the_rest_go_on(folder, capsys, checkpoi
     assert status == 1 and out.startswith(f"{folder / 'a.wav'}: ") and f"{folder / pattern}: there is no" in err
 
 
-def test_without_any_file_no_model_is_loaded(folder, capsys):
-    status, out, err = run(capsys, "classify", folder / "missing.wav", "--model", folder / "no model either")
+@pytest.mark.parametrize("command", ["classify", "why"])
+def test_without_any_file_no_model_is_loaded(folder, capsys, command):
+    status, out, err = run(capsys, command, folder / "missing.wav", "--model", folder / "no model either")
     assert status == 2 and not out
     assert "missing.wav: there is no" in err and "No file to classify" in err and "no model either" not in err
 
 
-@pytest.mark.parametrize("command", [("classify", EXAMPLES, "--model"), ("info",)], ids=["classify", "info"])
+@pytest.mark.parametrize(
+    "command",
+    [("classify", EXAMPLES, "--model"), ("why", EXAMPLES, "--model"), ("info",)],
+    ids=["classify", "why", "info"],
+)
 def test_a_model_that_cannot_be_loaded_is_named(tmp_path, capsys, command):
     status, out, err = run(capsys, *command, tmp_path / "typo")
     assert status == 2 and not out
@@ -119,7 +124,7 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path, capsys, command):
     assert status == 2 and f"Cannot load the model {tmp_path}: " in err and "embed_dim" in err
 
 
-@pytest.mark.parametrize("command", [("classify", EXAMPLES), ("info",)], ids=["classify", "info"])
+@pytest.mark.parametrize("command", [("classify", EXAMPLES), ("why", EXAMPLES), ("info",)])
 def test_without_the_shipped_model_it_says_so(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr("transformers_cat.cli.SHIPPED", tmp_path / "gone")
     status, out, err = run(capsys, *command)
@@ -293,6 +298,12 @@ def test_other_models_work_at_their_own_rate(folder, capsys, other_models, name)
         expected = classifier(load_audio(line["file"], 16_000))
         assert [item["label"] for item in line["scores"]] == [item["label"] for item in expected]
         assert [item["score"] for item in line["scores"]] == pytest.approx([item["score"] for item in expected], 1e-4)
+
+
+def test_why_is_asked_of_cat_alone(folder, capsys, other_models):
+    status, out, err = run(capsys, "why", folder, "--model", other_models / "ast")
+    assert (status, out) == (2, "")
+    assert f"{other_models / 'ast'} is no CAT but ASTForAudioClassification, which `why` cannot ask" in err
 
 
 # In a batch, Wav2Vec2's clips are padded to the longest, so that it refuses none.

@@ -18,6 +18,7 @@ from .feature_extraction_cat import CATFeatureExtractor
 from .hub import include_code, push_to_hub
 from .modeling_cat import CATForAudioClassification, CATModel, CATPreTrainedModel
 from .mrmf import MRMFSpectrogram
+from .why import explain
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "CATModel",
     "CATPreTrainedModel",
     "MRMFSpectrogram",
+    "explain",
     "include_code",
     "load_audio",
     "model_card",

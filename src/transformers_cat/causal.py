@@ -488,4 +488,12 @@ def _with_losses(output_class: type) -> type:
     if not dataclasses.is_dataclass(output_class):
         return output_class
     losses = [(name, Tensor | None, None) for name in ("classification_loss", "causal_loss")]
-    return dataclasses.make_dataclass(f"Causal{output_class.__name__}", losses, bases=(output_class,))
+    pickled = {"__reduce__": lambda self: (_output, (output_class, dict(self)))}  # no module has the class by its name
+    return dataclasses.make_dataclass(
+        f"Causal{output_class.__name__}", losses, bases=(output_class,), namespace=pickled
+    )
+
+
+def _output(output_class: type, values: dict) -> object:
+    """An output with these values, of the class that `_with_losses` makes."""
+    return _with_losses(output_class)(**values)

@@ -1,15 +1,17 @@
-"""The command `transformers-cat`: names sounds in files, and says what a checkpoint is.
+"""The command `transformers-cat`: names sounds in files, says why, and says what a checkpoint is.
 
     transformers-cat classify dog.wav recordings/ 'field/*.flac' --top 3
+    transformers-cat why dog.wav
     transformers-cat info
 
 It is the `audio-classification` pipeline of transformers and nothing beside it, so every model that the pipeline takes
-can be named by `--model`.
+can be named by `--model`; but by that of `why` only a CAT.
 """
 
 import argparse
 import codecs
 import csv
+import dataclasses
 import glob
 import io
 import json
@@ -32,7 +34,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from .audio import audio_files, load_audio
 from .cards import FUNCTIONS
-from .configuration_cat import MRMF_ARGUMENTS
+from .configuration_cat import MRMF_ARGUMENTS, CATConfig
+from .why import Explanation, explain
 
 SHIPPED = Path(__file__).with_name("checkpoints") / "cat-nano-esc10"  # in a checkout, a link into model_cards/
 
@@ -116,16 +119,9 @@ def classify_files(
 
 def classify(arguments: argparse.Namespace) -> int:
     """`transformers-cat classify`: 0, or 1 if a file could not be classified, or 2 if there is none or no model."""
-    files, missing = find_files(arguments.files)
-    for pattern in missing:
-        print(f"{pattern}: there is no such file, nor an audio file in such a folder", file=sys.stderr)
-    if not files:
-        print("No file to classify: pass files, folders or globs.", file=sys.stderr)
+    files, missing, classifier = _open(arguments)
+    if classifier is None:
         return 2
-    try:
-        classifier = pipeline("audio-classification", model=str(arguments.model), device=arguments.device)
-    except Exception as error:  # what can be wrong with a checkpoint is up to its model
-        return _refuse(arguments.model, error)
     if arguments.csv:
         _print_row(["file", *(["start", "end"] if arguments.every else []), "rank", "label", "score"])
     failed, heard, began = 0, 0.0, time.perf_counter()
@@ -146,6 +142,67 @@ def classify(arguments: argparse.Namespace) -> int:
     done = f"{len(files) - failed} of {len(files)} files"
     print(f"{done}, {heard:.1f} s of audio, in {elapsed:.2f} s", file=sys.stderr)
     return int(failed > 0 or len(missing) > 0)
+
+
+def why(arguments: argparse.Namespace) -> int:
+    """`transformers-cat why`: 0, or 1 if a file could not be explained, or 2 if there is none, no model or no label."""
+    files, missing, classifier = _open(arguments)
+    if classifier is None:
+        return 2
+    model, extractor = classifier.model, classifier.feature_extractor
+    if model.config.model_type != CATConfig.model_type:
+        print(f"{arguments.model} is no CAT but {type(model).__name__}, which `why` cannot ask.", file=sys.stderr)
+        return 2
+    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    if arguments.label is not None and arguments.label not in names:
+        print(f"{arguments.model} has no label {arguments.label!r}, but: {', '.join(names)}", file=sys.stderr)
+        return 2
+    failed = 0
+    for file in tqdm(files, unit="file", disable=None, leave=False):
+        try:
+            clip = load_audio(file, extractor.sampling_rate)
+            explanation = explain(model, extractor, clip, arguments.label, arguments.span, arguments.bands)
+        except (OSError, ValueError) as error:
+            failed += 1
+            with tqdm.external_write_mode():
+                print(f"{file}: {_reason(error)}", file=sys.stderr)
+            continue
+        with tqdm.external_write_mode():
+            _print_explanation(str(file), explanation, arguments)
+            sys.stdout.flush()
+    return int(failed > 0 or len(missing) > 0)
+
+
+def _print_explanation(file: str, explanation: Explanation, arguments: argparse.Namespace) -> None:
+    """A file's label with what it is due to, in the form that was asked for."""
+    if arguments.json:
+        print(json.dumps({"file": file, **dataclasses.asdict(explanation)}))
+        return
+    print(f"{file}: {explanation.label} {explanation.score:.2f}\n{'without':>28}{'alone':>8}")
+    for parts, span in (
+        (explanation.times, "{:.1f}-{:.1f} s"),
+        (explanation.frequencies, "{:.0f}-{:.0f} Hz"),
+    ):
+        for part in parts:
+            print(f"{span.format(part.start, part.end):>20}{part.without:>8.2f}{part.alone:>8.2f}")
+
+
+def _open(arguments: argparse.Namespace) -> tuple[list[Path], list[str], Pipeline | None]:
+    """Files, the patterns that name none, and the model's pipeline: `None` where there is no file or no model.
+
+    What is missing is said.
+    """
+    files, missing = find_files(arguments.files)
+    for pattern in missing:
+        print(f"{pattern}: there is no such file, nor an audio file in such a folder", file=sys.stderr)
+    if not files:
+        print("No file to classify: pass files, folders or globs.", file=sys.stderr)
+        return files, missing, None
+    try:
+        return files, missing, pipeline("audio-classification", model=str(arguments.model), device=arguments.device)
+    except Exception as error:  # what can be wrong with a checkpoint is up to its model
+        _refuse(arguments.model, error)
+        return files, missing, None
 
 
 def _print_scores(file: str, span: dict[str, float], scores: list[dict], arguments: argparse.Namespace) -> None:
@@ -310,9 +367,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("transformers-cat", description="Name sounds with a transformers model.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("classify", help="name the sounds in files")
-    command.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs, next to each other")
-    command.add_argument("--model", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("files", nargs="+", metavar="FILE", help="files, folders or globs, next to each other")
+    common.add_argument("--model", default=SHIPPED, help="folder, or id on the Hub; default: the model shipped here")
+    common.add_argument(
+        "--device", type=_device, help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU"
+    )
+
+    command = commands.add_parser("classify", parents=[common], help="name the sounds in files")
     command.add_argument("--top", type=_positive, default=5, help="labels for each file, likeliest first; default: 5")
     command.add_argument(
         "--every",
@@ -326,10 +388,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--csv", action="store_true", help="a row for each label: file, (with --every: start, end,) rank, label, score"
     )
     command.add_argument("--batch_size", type=_positive, default=1, help="files to classify at once; default: 1")
-    command.add_argument(
-        "--device", type=_device, help="as in PyTorch, like cuda:0; default: the first accelerator, else the CPU"
-    )
     command.set_defaults(run=classify)
+
+    command = commands.add_parser(
+        "why",
+        parents=[common],
+        help="say which times and frequencies a label is due to",
+        description="The label's probability without each time span and each band of frequencies, and by it alone: "
+        "what is necessary for it, and what is sufficient.",
+    )
+    command.add_argument("--label", help="label to explain; default: each file's likeliest")
+    command.add_argument(
+        "--span", type=_seconds, metavar="SECONDS", help="of time; default: 0.5, or a twentieth of what is over 10 s"
+    )
+    command.add_argument("--bands", type=_positive, default=6, help="of frequencies; default: 6")
+    command.add_argument(
+        "--json", action="store_true", help="JSON lines: an object for each file, on a line of its own"
+    )
+    command.set_defaults(run=why)
 
     command = commands.add_parser("info", help="say what a checkpoint is")
     command.add_argument(

@@ -195,6 +195,12 @@ def test_robustness(example, folder, tmp_path):
         script.main([*command, "--seconds", "0"])
     with pytest.raises(ValueError, match=r"come in the splits \['train', 'test'\]"):
         script.tested_clips(tmp_path / "tones", DatasetDict(dict.fromkeys(("train", "test"))))
+    header, *clips = (line.split(",") for line in (folder / "clips.csv").read_text().splitlines())
+    other_folds = [(f"{folder}/{path}", label, str(int(fold) % 3 + 1)) for path, label, fold in clips]
+    (tmp_path / "other_folds.csv").write_text("".join(f"{','.join(row)}\n" for row in (header, *other_folds)))
+    command[command.index("--data") + 1] = str(tmp_path / "other_folds.csv")
+    with pytest.raises(ValueError, match=r"seed0.fold\d was not tested on .*pass the --data and folds of the run"):
+        script.main([*command, "--decibels", "0"])
 
 
 def test_precisions(example, folder, tmp_path):

@@ -27,7 +27,15 @@ TWO = Scores(
 )
 
 
-@pytest.mark.parametrize("scores", [ONE, TWO, replace(ONE, labels=[["emu", "label"], [], ["emu"]], folds=None)])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        ONE,
+        TWO,
+        replace(ONE, labels=[["emu", "label"], [], ["emu"]], folds=None),
+        replace(ONE, names=["fold", "label", "emu"], labels=[["fold"], ["label"], ["emu"]], folds=None),
+    ],
+)
 def test_what_is_written_is_read(scores, tmp_path):
     again = read_scores(write_scores(scores, tmp_path / "scores.csv"))
     assert (again.paths, again.names, again.labels, again.folds) == (

@@ -276,8 +276,10 @@ def _refuse_other_labels(labelled: dict[str, Scores]) -> None:
 
 
 def _leading(header: list[str]) -> list[str]:
-    """The columns before the classes; by position, since a class may be called "label"."""
+    """The columns before the classes; by position, since a class may be called "label" or "fold"."""
     end = 0
     while end < len(header) and header[end] in _LEADING and header[end] not in header[:end]:
         end += 1
+        if header[end - 1] == _LEADING[-1]:  # ours has all of them before it
+            break
     return header[:end]
