@@ -21,6 +21,7 @@ import causal_cost
 import causal_experiment
 import compare_models
 import cross_validate
+import pointing
 import robustness
 from transfer import PROBES
 
@@ -107,6 +108,7 @@ FIGURES: dict[str, tuple[str | dict[str, str], Container[str] | None, Callable[[
     "digits": ("digits/results.json", {"metrics", "clips"}, one_run),
     "causal": ("causal/results.json", None, causal_experiment.table),
     "cost": ("cost/results.json", None, causal_cost.table),
+    "pointing": ("pointing/results.json", None, pointing.table),
     "benchmark": ("benchmark/results.json", None, benchmark.table),
     "benchmark_avx2": ("benchmark_avx2/results.json", None, benchmark.table),
     "benchmark_gpu": ("benchmark_gpu/results.json", None, benchmark_gpu.table),
