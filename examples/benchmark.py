@@ -7,9 +7,9 @@ All models have random weights and see 10 seconds of audio. They take turns in o
 them alike; a cell is the median time for a clip and, in brackets, the median over the rounds of its ratio to HTS-AT.
 The matrix products of a forward, replayed alone, are the floor under its time. Each row ends when its `--budget` is
 spent: what takes long is timed once, and the table says so (*). AST sees one clip at a time in every row of models,
-since a batch of them takes minutes. Peak memory is that of a fresh process each, less what the process holds before its
-first step. `table.md`, `results.json` and `benchmark.png` are written to the output folder; with the defaults that
-takes some eight minutes on two cores.
+since a batch of them takes minutes. Peak memory is that of a fresh process each, less what the process holds before the
+model is built (in the table of lengths, after). `table.md`, `results.json` and `benchmark.png` are written to the
+output folder; with the defaults that takes some eight minutes on two cores.
 """
 
 import argparse

@@ -8,9 +8,9 @@ The five folds of ESC-50 with three seeds:
 
 All other flags are those of `run_audio_classification.py`, which runs once for each seed and fold into
 `seed<s>/fold<k>`. When the same command is given again, finished runs are kept and an interrupted one goes on from its
-last checkpoint; more seeds or folds may be asked for later, beside those of before. The result is that of the last
-epoch; with `--choose_epoch` the fold after the tested one is held out too and chooses the epoch. The tested fold never
-does.
+last checkpoint; more seeds or folds may be asked for later, beside those of before. The result is that of the mean of
+the last epochs' weights; with `--choose_epoch` the fold after the tested one is held out too and chooses the epoch. The
+tested fold never does.
 
 There are no random folds: those of UrbanSound8K in particular must not be reshuffled. Data with a test split instead of
 folds (AudioSet) run once for each seed, into `seed<s>`.

@@ -61,7 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--problem_type", choices=PROBLEM_TYPES, help="default: multi-label if a clip has several labels"
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="1 is exact for every model; CAT's is for any")
+    parser.add_argument("--batch_size", type=int, default=1, help="for most models only 1 is exact, for CAT any")
     parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)

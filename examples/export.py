@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""Write a trained model as one ONNX graph, from waveforms to probabilities, and check it against PyTorch.
 
-    pip install 'transformers-cat[export]'
+    pip install -e '.[export]'
     python examples/export.py --model_name_or_path runs/esc10 --output_dir runs/esc10-onnx --audio dog.wav
 
 The folder then runs with onnxruntime and numpy alone, on clips of any length:

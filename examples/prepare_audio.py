@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn a folder of recordings into shards that training reads without decoding, resampling or searching.
+"""Turn a folder of recordings into shards that training reads without resampling or searching.
 
     python examples/prepare_audio.py --data /data/audioset --output_dir /data/audioset-32k --num_workers 16
 

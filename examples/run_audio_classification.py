@@ -11,9 +11,9 @@ argument that ends in .json is a file with all of them. The flags are those of T
 of the recipe, whose defaults stand in `RecipeArguments` and `DataArguments`. The same command given again goes on from
 the last checkpoint; one that would train something else needs another `--output_dir`.
 
-The number reported is that of the last epoch on the test clips. No test clip chooses the epoch: with
-`--validation_folds` (or a `validation` beside a `test` split) the validation clips choose it; otherwise the model is
-the mean of the last epochs (`--average_last_epochs`).
+The number reported is that of the final model on the test clips: the mean of the last epochs' weights
+(`--average_last_epochs`) or, with `--validation_folds` (or a `validation` beside a `test` split), the epoch that the
+validation clips choose. No test clip chooses it, unless `--load_best_model_at_end` is given without validation clips.
 
 AudioSet (a folder with its tables and clips, or better, what `prepare_audio.py` makes of it), on 4 GPUs:
 

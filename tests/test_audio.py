@@ -119,6 +119,17 @@ def test_other_formats_are_read_by_ffmpeg(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program is not installed")
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_ffmpeg_averages_channels_as_soundfile(tmp_path, channels):
+    """A lossless copy in a container that soundfile does not know; by itself, ffmpeg makes stereo too loud."""
+    clip = np.repeat(tone(32_000), channels, axis=1)
+    soundfile.write(tmp_path / "tone.wav", clip, 32_000)
+    copy = ["ffmpeg", "-loglevel", "error", "-i", tmp_path / "tone.wav", "-c:a", "flac", tmp_path / "tone.mka"]
+    subprocess.run(copy, check=True)
+    np.testing.assert_allclose(load_audio(tmp_path / "tone.mka"), load_audio(tmp_path / "tone.wav"), atol=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg program is not installed")
 def test_ffmpeg_agrees_with_soundfile(tmp_path):
     soundfile.write(tmp_path / "tone.wav", tone(44_100), 44_100)
     subprocess.run(["ffmpeg", "-loglevel", "error", "-i", tmp_path / "tone.wav", tmp_path / "tone.wma"], check=True)

@@ -270,7 +270,9 @@ def test_a_license_of_ones_own_counts(model):
 def test_the_recipe_has_what_is_zero_or_off(model):
     training = {**RUN["arguments"]["training"], "muon": False, "weight_decay": 0.0, "warmup_steps": 0.0, "seed": 0}
     training |= {"max_steps": -1, "bf16": False, "average_last_epochs": 0}
-    text = model_card(model, "x", [run(arguments__training=training)]).text
+    data = {**RUN["arguments"]["data"], "recordings_as_labels": False, "check_audio": False, "mixup_probability": 0}
+    text = model_card(model, "x", [run(arguments__training=training, arguments__data=data)]).text
+    assert "--mixup_probability 0\n" in text and "--recordings_as_labels" not in text and "--check_audio" not in text
     for flag in ("muon False", "weight_decay 0.0", "warmup_steps 0.0", "seed 0", "average_last_epochs 0"):
         assert f"--{flag}\n" in text
     assert "--max_steps" not in text and "--bf16" not in text

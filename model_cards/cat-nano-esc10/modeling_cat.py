@@ -1087,8 +1087,8 @@ class CATForAudioClassification(CATPreTrainedModel):
                 configuration, it is inferred as everywhere in transformers.
             output_frame_logits (`bool`, defaults to `False`): Also return the scores of each time step.
             output_pns (`bool`, defaults to `False`): Also return how necessary and sufficient each feature of Z is for
-                the labels, or, without labels, for what the model predicts. The other clips of the batch are what the
-                feature is compared with, so a batch of one gives zeros.
+                the labels, or, without labels, for what the model predicts. The next `num_donors` clips of the batch
+                are what the feature is compared with, so a batch of one gives zeros.
             output_reconstruction (`bool`, defaults to `False`): Also return the reconstructed MRMF.
 
         Raises:

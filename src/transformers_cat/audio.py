@@ -45,8 +45,8 @@ def audio_files(folder: str | os.PathLike) -> Iterator[Path]:
 def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
     """Reads a file, averages its channels and resamples it.
 
-    wav, flac, ogg and mp3 need nothing but soundfile, which comes with this package; anything else (m4a, webm, the
-    sound of a video) is read by the `ffmpeg` program where it is installed.
+    wav, flac, ogg, mp3 and what else soundfile knows, which comes with this package, need nothing more; anything else
+    (m4a, webm, the sound of a video) is read by the `ffmpeg` program where it is installed.
 
     Args:
         path: The file.
@@ -57,7 +57,8 @@ def load_audio(path: str | os.PathLike, sampling_rate: int = SAMPLING_RATE) -> n
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds no audio that can be read, fewer samples than it says, or samples that are not
+        ValueError: The file holds no audio that can be read, fewer samples than it says (as far as libsndfile tells: a
+            FLAC that ends early is refused, most other formats are read as far as they go), or samples that are not
             finite; the message names the file and says why and what helps. Or `sampling_rate` is not a positive
             integer.
     """
@@ -205,7 +206,8 @@ def _load_with_ffmpeg(path: Path, sampling_rate: int, reason: str) -> np.ndarray
             "or install the ffmpeg program, which reads most other formats."
         )
     command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-i", str(path.absolute()), "-vn"]
-    command += ["-ac", "1", "-ar", str(sampling_rate), "-f", "f32le", "-"]
+    # By itself, ffmpeg keeps the power of channels that it mixes; this is their mean.
+    command += ["-af", "aresample=rematrix_maxval=1", "-ac", "1", "-ar", str(sampling_rate), "-f", "f32le", "-"]
     result = subprocess.run(command, capture_output=True)
     if result.returncode or not result.stdout:
         said = result.stderr.decode(errors="replace").strip() or "it holds no audio."

@@ -39,7 +39,9 @@ TRAINING_ARGUMENTS = (
     "average_last_epochs",
     "muon",
 )
-UNSET = {("max_steps", -1), ("label_smoothing_factor", 0.0), ("bf16", False), ("fp16", False)}  # their defaults
+# Their defaults.
+UNSET = {("max_steps", -1), ("label_smoothing_factor", 0.0), ("bf16", False), ("fp16", False)}
+UNSET |= {("recordings_as_labels", False)}
 PACKAGES = ("transformers-cat", "torch", "torchaudio", "transformers")
 # Data arguments that say which clips are read and how, not what is done with them.
 SOURCE_ARGUMENTS = {
@@ -56,6 +58,7 @@ SOURCE_ARGUMENTS = {
     "label_column_name",
     "problem_type",
     "on_bad_audio",
+    "check_audio",
 }
 
 
@@ -409,6 +412,6 @@ def _recipe(run: Mapping | None) -> dict | None:
         return None
     training = run["arguments"]["training"]
     recipe = {key: training.get(key) for key in TRAINING_ARGUMENTS}
+    recipe |= {key: value for key, value in _data(run).items() if key not in SOURCE_ARGUMENTS}
     recipe = {key: value for key, value in recipe.items() if value is not None and (key, value) not in UNSET}
-    recipe |= {key: value for key, value in _data(run).items() if key not in SOURCE_ARGUMENTS and value is not None}
     return {key: value for key, value in recipe.items() if "/" not in str(value) and "\\" not in str(value)}

@@ -4,8 +4,8 @@
     transformers-cat why dog.wav
     transformers-cat info
 
-It is the `audio-classification` pipeline of transformers and nothing beside it, so every model that the pipeline takes
-can be named by `--model`; but by that of `why` only a CAT.
+`classify` is the `audio-classification` pipeline of transformers and nothing beside it, so every model that the
+pipeline takes can be named by `--model`; `why` asks a CAT alone.
 """
 
 import argparse

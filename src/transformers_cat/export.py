@@ -144,7 +144,7 @@ def _require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error}. Export to ONNX needs: pip install 'transformers-cat[export]'") from error
+        raise ImportError(f"{error}. Export to ONNX needs: pip install -e '.[export]' in the checkout") from error
 
 
 def trace(exported: ExportedModel, example: tuple[torch.Tensor, torch.Tensor]) -> ExportedProgram:

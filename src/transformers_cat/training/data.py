@@ -75,8 +75,8 @@ def read_urbansound8k(folder: str | Path, on_missing: str = "error", missing: li
     """Read a folder with the layout of UrbanSound8K: `metadata/UrbanSound8K.csv`, `audio/foldN/`.
 
     The folds are those that the CSV lists, so a part of the data set with a shortened CSV reads as it is. Folds that
-    were drawn anew are refused: slices of one recording would be in training and test, and accuracies 14 points too
-    high.
+    were drawn anew are refused: slices of one recording would be in training and test, and accuracies some 15 points
+    too high.
 
     Args:
         folder: the data set's root.

@@ -63,7 +63,7 @@ def panns_scores(dataset: Dataset, checkpoint: str | None = None) -> Scores:
     try:
         from panns_inference import AudioTagging, labels
     except ImportError as error:
-        raise ImportError("PANNs needs the package panns_inference: pip install 'transformers-cat[panns]'") from error
+        raise ImportError("PANNs needs panns_inference: pip install -e '.[panns]' in the checkout") from error
     tagger = AudioTagging(checkpoint_path=checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     decoded, rows = decode_audio(dataset, _PANN_RATE), []
     for i in range(len(decoded)):
