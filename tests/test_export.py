@@ -179,7 +179,7 @@ def test_the_folder_of_a_model_is_refused(small_model, tmp_path):
 
 def test_missing_packages_are_named_first(small_model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"onnxruntime.*transformers-cat\[export\]"):
+    with pytest.raises(ImportError, match=r"onnxruntime.*pip install -e .\.\[export\]"):
         export(small_model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

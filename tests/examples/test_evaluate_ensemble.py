@@ -183,5 +183,5 @@ def test_panns(folder, script, tmp_path, monkeypatch):
     assert all(clip.dtype == np.float32 and clip.shape[0] == 1 for clip in heard)
     assert [clip.shape[1] for clip in heard] == [10_240] * 4  # the shortest that the network takes
     monkeypatch.setitem(sys.modules, "panns_inference", None)
-    with pytest.raises(ImportError, match=r"transformers-cat\[panns\]"):
+    with pytest.raises(ImportError, match=r"pip install -e .\.\[panns\]"):
         panns_scores(load_audio_dataset(folder / "clips.csv"))
