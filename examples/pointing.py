@@ -43,7 +43,7 @@ def first_of_each_recording(clips: Dataset) -> Dataset:
 
 def mixed(sound: torch.Tensor, background: torch.Tensor, start: int, decibels: float) -> torch.Tensor:
     """(n,) is added to (N,), repeated to `SPANS` times n, from `start` on, so many decibels louder than it is."""
-    mixture = background.repeat(-(-SPANS * len(sound) // len(background)))[: SPANS * len(sound)].clone()
+    mixture = background.repeat(-(-SPANS * len(sound) // len(background)))[: SPANS * len(sound)]
     power = mixture.square().mean() / sound.square().mean().clamp(min=1e-12)
     mixture[start : start + len(sound)] += sound * power.sqrt() * 10 ** (decibels / 20)
     return mixture

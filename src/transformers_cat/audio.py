@@ -206,7 +206,7 @@ def _load_with_ffmpeg(path: Path, sampling_rate: int, reason: str) -> np.ndarray
             "or install the ffmpeg program, which reads most other formats."
         )
     command = ["ffmpeg", "-nostdin", "-loglevel", "error", "-i", str(path.absolute()), "-vn"]
-    # By itself, ffmpeg keeps the power of channels that it mixes; this is their mean.
+    # By itself, ffmpeg keeps the power of channels that it mixes; so weighted, two become their mean.
     command += ["-af", "aresample=rematrix_maxval=1", "-ac", "1", "-ar", str(sampling_rate), "-f", "f32le", "-"]
     result = subprocess.run(command, capture_output=True)
     if result.returncode or not result.stdout:

@@ -72,7 +72,8 @@ def test_pointers_name_spans(script, place):
 
 
 @needs_shipped
-def test_pointing(script, clips, tmp_path):
+def test_pointing(script, clips, tmp_path, monkeypatch):
+    mixed = script.mixed
     command = ["--model", str(SHIPPED), "--data", str(clips), "--sound", "bark", "--background", "noise"]
     command += ["--output_dir", str(tmp_path / "out"), "--decibels", "40", "--label"]
     with pytest.raises(ValueError, match=r"has no label 'bark', only \['"):
@@ -82,6 +83,11 @@ def test_pointing(script, clips, tmp_path):
     assert results["40.0"]["mixtures"] == 1 and results["40.0"]["without"] == results["40.0"]["alone"] == 1.0
     assert "| +40 dB | 1 | 100.0 | 100.0 |" in (tmp_path / "out" / "table.md").read_text()
     assert script.main([*command, "rain"])["40.0"]["alone"] == 0.0  # the bark is no rain
+    drawn = []
+    monkeypatch.setattr(script, "mixed", lambda *given: drawn.append(given) or mixed(*given))
+    script.main([*command, "dog", "--decibels", "40", "30"])
+    (*_, first, louder), (*_, second, softer) = drawn  # places and loudness
+    assert first == second and (louder, softer) == (40.0, 30.0)
     known = tmp_path / "known.csv"
     known.write_text("audio,label\n101415-3-0-2.wav,bark\n")
     with pytest.raises(ValueError, match="None of the 1 sounds lasts 0.5 s"):
