@@ -84,7 +84,7 @@ def given(flags: list[str], output_dir: Path, choose_epoch: bool = False) -> Giv
     else:
         refuse_reshuffled_folds(loaded)
         folds = sorted(set(loaded["fold"][:]))
-    identity = {"fingerprint": data_fingerprint(loaded), **run.configuration(run.load_config(model_args))}
+    identity = {"fingerprint": data_fingerprint(loaded, folds=True), **run.configuration(run.load_config(model_args))}
     return Given(folds, data_args.data, len(label_names(some)), is_multi_label(some), identity)
 
 

@@ -19,6 +19,7 @@ import peers  # noqa: F401  registers the models that compare_models.py writes w
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import pipeline
 
+from transformers_cat.configuration_cat import class_names
 from transformers_cat.training import as_multi_label, decode_audio, label_names, load_audio_dataset
 from transformers_cat.training.protocol import markdown_table
 from transformers_cat.training.report import write_results
@@ -60,8 +61,8 @@ def answers(model: Path, clips: Dataset, expected: str, overrides: dict) -> dict
         ValueError: it cannot say what is expected, or its feature extractor has nothing by the name of an override.
     """
     classifier = pipeline("audio-classification", model=str(model))
-    if expected not in classifier.model.config.label2id:
-        raise ValueError(f"{model} has no class {expected!r}, only {list(classifier.model.config.label2id)}")
+    if expected not in (names := class_names(classifier.model.config)):
+        raise ValueError(f"{model} has no class {expected!r}, only {names}")
     extractor = classifier.feature_extractor
     for name, value in overrides.items():
         if not hasattr(extractor, name):

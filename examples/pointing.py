@@ -23,6 +23,7 @@ from robustness import loudest
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from transformers_cat import explain
+from transformers_cat.configuration_cat import class_names
 from transformers_cat.training import decode_audio, load_audio_dataset
 from transformers_cat.training.clips import clip_names
 from transformers_cat.training.data import freesound_number, without_recordings_of
@@ -55,7 +56,7 @@ def pointed(model, extractor, mixture: torch.Tensor, label: str) -> dict[str, in
     inputs = extractor(mixture, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     with torch.no_grad():
         scores = model(**inputs, output_frame_logits=True).frame_logits[0].softmax(-1)
-    best = int(scores[:, model.config.label2id[label]].argmax())
+    best = int(scores[:, class_names(model.config).index(label)].argmax())
     step = model.config.patch_size[0] * 2 ** (len(model.config.depths) - 1) * model.config.frame_shift  # in samples
     return {
         "without": int(np.argmin([part.without for part in times])),
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parser.parse_args(argv)
     model = AutoModelForAudioClassification.from_pretrained(args.model).eval()
     extractor = AutoFeatureExtractor.from_pretrained(args.model)
-    if args.label not in model.config.label2id:
-        raise ValueError(f"{args.model} has no label {args.label!r}, only {list(model.config.label2id)}")
+    if args.label not in class_names(model.config):
+        raise ValueError(f"{args.model} has no label {args.label!r}, only {class_names(model.config)}")
     sounds = first_of_each_recording(clips_of(args.data, args.sound))
     backgrounds = concatenate_datasets([clips_of(args.data, name) for name in args.background])
     if args.leave_out_recordings_of:

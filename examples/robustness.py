@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
+from transformers_cat.configuration_cat import class_names
 from transformers_cat.linear import make_plain
 from transformers_cat.training import (
     AudioCollator,
@@ -83,7 +84,7 @@ def heard(
     """What the model in `folder` says of clips, the waveform (N,) of each of which is changed first, at its rate."""
     model = PRECISIONS[precision](AutoModelForAudioClassification.from_pretrained(folder).eval())
     extractor = AutoFeatureExtractor.from_pretrained(folder)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = class_names(model.config)
     clips = align_labels(clips, names)
     collator = AudioCollator(extractor, training=False, num_labels=len(names))
     changed = partial(change, sampling_rate=extractor.sampling_rate)

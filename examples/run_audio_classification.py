@@ -58,7 +58,7 @@ from transformers.training_args import OptimizerNames
 
 from transformers_cat import CATConfig, CATFeatureExtractor, CATForAudioClassification, include_code, model_card
 from transformers_cat.cards import known_dataset
-from transformers_cat.configuration_cat import MRMF_ARGUMENTS
+from transformers_cat.configuration_cat import MRMF_ARGUMENTS, class_names
 from transformers_cat.convert import load_trunk
 from transformers_cat.training import (
     AudioCollator,
@@ -297,12 +297,14 @@ class RecipeArguments(TrainingArguments):
 class Clips:
     """The clips of a run: `splits` has train, validation and test as far as they exist, without what was `skipped`.
 
-    `source` is the fingerprint of the data that they are from, whether recordings or what was prepared of them.
+    `source` is the fingerprint of the data that they are from, whether recordings or what was prepared of them, and
+    `folds` that with their folds.
     """
 
     splits: DatasetDict
     skipped: list[str]
     source: str
+    folds: str
 
     @property
     def some(self) -> Dataset:
@@ -363,7 +365,8 @@ def load_clips(data_args: DataArguments, model_args: ModelArguments, args: Train
         if data_args.check_audio:
             splits[name], unreadable = validate_audio_files(split, data_args.on_bad_audio)
             skipped += unreadable
-    return Clips(splits, skipped, data_fingerprint(loaded, sizes=False))
+    source, folds = (data_fingerprint(loaded, sizes=False, folds=folds) for folds in (False, True))
+    return Clips(splits, skipped, source, folds)
 
 
 def load_data(
@@ -479,7 +482,7 @@ def load_config(model_args: ModelArguments) -> PreTrainedConfig:
 
 def choose_labels(config: PreTrainedConfig, names: list[str], from_scratch: bool, do_train: bool) -> list[str]:
     """The classes of the model: the checkpoint's own, in its order, where they fit the data; else those of the data."""
-    known = [config.id2label[i] for i in range(config.num_labels)]
+    known = class_names(config)
     if from_scratch:
         return names
     if set(known) == set(names) or (not do_train and set(names) <= set(known)):
@@ -494,7 +497,7 @@ def load_model(
     model_args: ModelArguments, config: PreTrainedConfig, names: list[str], problem_type: str
 ) -> PreTrainedModel:
     """A model for the given classes, with a checkpoint's weights or new ones."""
-    known = [config.id2label[i] for i in range(config.num_labels)]
+    known = class_names(config)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type  # never inferred: mixup's labels are floats in a single-label problem too
@@ -576,7 +579,8 @@ def collect_results(
         "skipped": clips.skipped,
         "fingerprints": {name: data_fingerprint(split) for name, split in clips.splits.items()},
         "source": clips.source,
-        "labels": [config.id2label[i] for i in range(config.num_labels)],
+        "folds": clips.folds,
+        "labels": class_names(config),
         "config": config.to_dict(),
         "arguments": {"model": model, "data": asdict(data_args), "training": args.to_dict()},
         "environment": environment(),
@@ -867,7 +871,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = load_config(model_args)
     from_scratch = model_args.model_name_or_path is None
     names = choose_labels(config, label_names(clips.some), from_scratch, args.do_train)
-    kept = not from_scratch and names == [config.id2label[i] for i in range(config.num_labels)]
+    kept = not from_scratch and names == class_names(config)
     problem_type = resolve_problem_type(data_args.problem_type, clips.some, config.problem_type if kept else None)
     if problem_type == SINGLE_LABEL and len(names) < 2:
         raise ValueError(f"There is one class alone, {names}: is --data the folder of a class, or above all classes?")

@@ -5,10 +5,10 @@ r"""Train on one data set, then transfer to another that comes in folds (Table I
         --output_dir runs/us8k_to_esc50
 
 For each seed, a model of all clips of the source is trained into `seed<s>/source`. On the folds of the target, it is
-then a linear probe (`probe.json`: logistic regression on Z, nothing else is trained; `probe_of_layers.json`: on Z and
-all hidden states) and the start of a fine-tuning (`seed<s>/fine_tuned`). What is finished is not run again. All other
-flags are those of `run_audio_classification.py` and hold for both trainings, but for `--config_name`,
-`--config_overrides` and `--init_from`, which make the source's model.
+then probed (`seed<s>/probes.json`: logistic regression on Z, and on Z and all hidden states, of the clips as they are
+and at five speeds; nothing else is trained) and the start of a fine-tuning (`seed<s>/fine_tuned`). What is finished is
+not run again. All other flags are those of `run_audio_classification.py` and hold for both trainings, but for
+`--config_name`, `--config_overrides` and `--init_from`, which make the source's model.
 
 `summary.json` and `summary.md` hold the results, means over folds and seeds.
 """
@@ -23,12 +23,17 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioClassification
 
 from transformers_cat.training import validate_audio_files
-from transformers_cat.training.probe import embed, linear_probe
+from transformers_cat.training.probe import SPEEDS, embed, linear_probe
 from transformers_cat.training.protocol import comparability, markdown_table, per_cent, summarise
 from transformers_cat.training.report import remember, write_json
 
-# name -> the file of a seed's result, and whether the probe reads all hidden states
-PROBES = {"linear probe": ("probe.json", False), "linear probe of all layers": ("probe_of_layers.json", True)}
+# name -> whether the probe reads all hidden states, and whether it hears each clip at all speeds
+PROBES = {
+    "linear probe": (False, False),
+    "linear probe, five speeds": (False, True),
+    "linear probe of all layers": (True, False),
+    "linear probe of all layers, five speeds": (True, True),
+}
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -76,17 +81,23 @@ def objective(args: argparse.Namespace) -> str:
     return json.dumps({name: getattr(config, name) for name in weights if hasattr(config, name)})
 
 
-def probe(source: Path, flags: list[str], path: Path, layers: bool) -> dict[int, float]:
-    """The linear probe's accuracy on each fold of the target that the flags name."""
+def probe(source: Path, flags: list[str], path: Path) -> dict[str, dict[int, float]]:
+    """Name of a linear probe -> its accuracy on each fold of the target that the flags name."""
     if not path.exists():
         model_args, data_args, _ = run.parse_arguments([*flags, "--output_dir", str(path.parent), "--do_train"])
         dataset = run.load_data(data_args, model_args)
         if data_args.check_audio:
             dataset, _ = validate_audio_files(dataset, data_args.on_bad_audio)
         model = AutoModelForAudioClassification.from_pretrained(source)
-        latents = embed(model, AutoFeatureExtractor.from_pretrained(source), dataset, layers=layers)
-        write_json(path, linear_probe(latents, dataset["label"][:], dataset["fold"][:]))
-    return {int(fold): accuracy for fold, accuracy in json.loads(path.read_text()).items()}
+        extractor = AutoFeatureExtractor.from_pretrained(source)
+        latents = {layers: embed(model, extractor, dataset, layers=layers, speeds=SPEEDS) for layers in (False, True)}
+        accuracy = {}
+        for name, (layers, speeds) in PROBES.items():
+            versions = latents[layers] if speeds else latents[layers][:, SPEEDS.index(1)]
+            accuracy[name] = linear_probe(versions, dataset["label"][:], dataset["fold"][:])
+        write_json(path, accuracy)
+    accuracy = json.loads(path.read_text())
+    return {name: {int(fold): value for fold, value in accuracy[name].items()} for name in PROBES}
 
 
 def write_summary(summary: dict, title: str, output_dir: Path) -> None:
@@ -124,8 +135,8 @@ def main(argv: list[str] | None = None) -> dict:
         if not (source / "results.json").exists():
             train_source(args, flags, seed, source)
         with state.main_process_first():
-            for name, (file, layers) in PROBES.items():
-                probed[name][seed] = probe(source, ["--data", args.data, *flags], folder / file, layers)
+            for name, accuracy in probe(source, ["--data", args.data, *flags], folder / "probes.json").items():
+                probed[name][seed] = accuracy
         own = ["--data", args.data, "--model_name_or_path", str(source), "--ignore_mismatched_sizes"]
         own += ["--config_overrides", objective(args)]
         own += ["--seeds", str(seed), "--output_dir", str(folder / "fine_tuned")]

@@ -243,10 +243,13 @@ def test_scores_that_are_no_numbers_are_an_error(folder, capsys, checkpoint, tmp
     assert status == 1 and out == "" and "a.wav: the model gives no number" in err
 
 
-@pytest.mark.parametrize("problem", ["multi_label_classification", "single_label_classification", "regression"])
-def test_scores_are_those_of_the_problem_in_every_release(folder, capsys, tmp_path, monkeypatch, problem):
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [("multi_label_classification", 3), ("single_label_classification", 3), ("regression", 3), (None, 3), (None, 1)],
+)
+def test_scores_are_those_of_the_problem_in_every_release(folder, capsys, tmp_path, monkeypatch, problem, labels):
     torch.manual_seed(0)
-    model = awaken(CATForAudioClassification(small_config(problem_type=problem))).eval()
+    model = awaken(CATForAudioClassification(small_config(problem_type=problem, num_labels=labels))).eval()
     model.save_pretrained(tmp_path / "model")
     CATFeatureExtractor().save_pretrained(tmp_path / "model")
     batch = CATFeatureExtractor()(load_audio(folder / "a.wav"), sampling_rate=32_000, return_tensors="pt")
@@ -261,6 +264,7 @@ def test_scores_are_those_of_the_problem_in_every_release(folder, capsys, tmp_pa
     )
     _, out, _ = run(capsys, "classify", folder / "a.wav", "--model", tmp_path / "model", "--json")
     scores = [item["score"] for item in json.loads(out)["scores"]]
+    problem = problem or ("regression" if labels == 1 else "single_label_classification")
     assert scores == pytest.approx(expected.get(problem, logits).sort(descending=True).values.tolist(), abs=1e-5)
 
 

@@ -88,8 +88,9 @@ def test_the_likeliest_label_and_the_models_mode(model, do_mrmf):
     with torch.no_grad():
         expected = model(**extractor(NOISE, sampling_rate=32_000, return_tensors="pt")).logits.softmax(-1)[0]
     model.train()
+    model.cat.feature_norm.eval()  # as who keeps its statistics does
     answer = explain(model, extractor, torch.from_numpy(NOISE))
-    assert model.training
+    assert model.training and model.cat.embeddings.training and not model.cat.feature_norm.training
     model.eval()
     assert answer.label == model.config.id2label[int(expected.argmax())]
     assert answer.score == pytest.approx(float(expected.max()))
@@ -122,6 +123,8 @@ def test_what_cannot_be_explained_is_refused(model, extractor, arguments, messag
 def test_models_without_labels_or_numbers_are_refused(extractor):
     with pytest.raises(ValueError, match="one of regression"):
         explain(CATForAudioClassification(small_config(problem_type="regression")), extractor, NOISE)
+    with pytest.raises(ValueError, match="one of regression"):  # to the losses of transformers
+        explain(CATForAudioClassification(small_config(num_labels=1)), extractor, NOISE)
     broken = CATForAudioClassification(small_config())
     broken.classifier.bias.data[0] = math.nan
     with pytest.raises(ValueError, match="gives no number for it"):

@@ -58,6 +58,20 @@ def drop_local_code(owner: Any) -> None:
         owner.auto_map = remote
 
 
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of the classes in the order of the logits, by `id2label`: nobody keeps `label2id` up to date.
+
+    Its keys may be text, as the audio classification script of transformers leaves them.
+    """
+    names = {int(index): name for index, name in config.id2label.items()}
+    return [names[index] for index in range(config.num_labels)]
+
+
+def implied_problem_type(config: PreTrainedConfig) -> str | None:
+    """The `problem_type`; where it is not stated, one label is a regression, as to the losses of transformers."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else None)
+
+
 def validate_integers(low: int, high: int, **values: Any) -> None:
     """Integers, or lists of them, by name: all from `low` to `high`."""
     for name, value in values.items():

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .causal import ReconstructionHead, causal_loss, class_targets, conditional_pns, linear_head
-from .configuration_cat import CATConfig, drop_local_code, mrmf_arguments
+from .configuration_cat import CATConfig, drop_local_code, implied_problem_type, mrmf_arguments
 from .linear import CATLinear, linear, linear_after, make_plain, transformed
 from .mrmf import MRMFSpectrogram
 from .whitening import whitened  # noqa: F401  of mrmf.py; old releases copy what this file itself imports
@@ -1158,7 +1158,7 @@ class CATForAudioClassification(CATPreTrainedModel):
         """Raises ValueError, with what is wrong named, for labels that the loss cannot read."""
         if not isinstance(labels, torch.Tensor):
             raise ValueError(f"`labels` must be a tensor, not {type(labels).__name__}.")
-        problem_type = self.config.problem_type or ("regression" if self.num_labels == 1 else None)
+        problem_type = implied_problem_type(self.config)
         indices = not labels.is_floating_point() and problem_type in (None, "single_label_classification")
         if self.num_labels == 1 and labels.is_floating_point() and problem_type == "single_label_classification":
             raise ValueError(

@@ -9,6 +9,8 @@ from statistics import mean, stdev
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .configuration_cat import class_names, implied_problem_type
+
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TASK = "audio-classification"
 # By itself, the pipeline applies the softmax to everything up to transformers 5.22.
@@ -259,10 +261,10 @@ def model_card(
         name=name,
         short_name=short_name,
         parameters=f"{model.num_parameters() / 1e6:.1f}",
-        labels=_labels(model.config),
+        labels=class_names(model.config),
         multi_label=model.config.problem_type == "multi_label_classification",
-        regression=model.config.problem_type == "regression",
-        function=FUNCTIONS.get(model.config.problem_type),
+        regression=implied_problem_type(model.config) == "regression",
+        function=FUNCTIONS.get(implied_problem_type(model.config)),
         sampling_rate=model.config.sampling_rate,
         normalize_volume=model.config.normalize_volume,
         whitening=model.config.whitening,
@@ -280,12 +282,6 @@ def model_card(
         recipe=_recipe(own),
         packages=[package for package in PACKAGES if own and package in own["environment"]],
     )
-
-
-def _labels(config) -> list[str]:
-    """The classes' names in order; transformers' own script leaves text for their numbers."""
-    names = {int(number): name for number, name in config.id2label.items()}
-    return [names[number] for number in range(config.num_labels)]
 
 
 def _data(run: Mapping) -> Mapping:

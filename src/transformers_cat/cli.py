@@ -34,7 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .audio import audio_files, load_audio
 from .cards import FUNCTIONS
-from .configuration_cat import MRMF_ARGUMENTS, CATConfig
+from .configuration_cat import MRMF_ARGUMENTS, CATConfig, class_names, implied_problem_type
 from .why import Explanation, explain
 
 SHIPPED = Path(__file__).with_name("checkpoints") / "cat-nano-esc10"  # in a checkout, a link into model_cards/
@@ -86,7 +86,7 @@ def classify_files(
         `None`, what went wrong).
     """
     rate = classifier.feature_extractor.sampling_rate
-    function = FUNCTIONS.get(classifier.model.config.problem_type, "softmax")
+    function = FUNCTIONS.get(implied_problem_type(classifier.model.config), "softmax")
     options = {"top_k": top, "function_to_apply": function}
     length = every and round(every * rate)
     files = iter(files)
@@ -153,7 +153,7 @@ def why(arguments: argparse.Namespace) -> int:
     if model.config.model_type != CATConfig.model_type:
         print(f"{arguments.model} is no CAT but {type(model).__name__}, which `why` cannot ask.", file=sys.stderr)
         return 2
-    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    names = list(map(str, class_names(model.config)))
     if arguments.label is not None and arguments.label not in names:
         print(f"{arguments.model} has no label {arguments.label!r}, but: {', '.join(names)}", file=sys.stderr)
         return 2
@@ -249,7 +249,7 @@ def describe(model: str | Path) -> dict:
         "model_type": config.model_type,
         "parameters": sum(map(_count_parameters, files)) or None,
         "bytes": sum(file.stat().st_size for file in files),
-        "labels": [config.id2label[index] for index in range(config.num_labels)],
+        "labels": class_names(config),
         "problem_type": config.problem_type,
         "front_end": {
             name: settings[name]

@@ -23,7 +23,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
-from .configuration_cat import drop_local_code
+from .configuration_cat import drop_local_code, implied_problem_type
 from .feature_extraction_cat import CATFeatureExtractor
 from .modeling_cat import CATForAudioClassification
 
@@ -42,9 +42,7 @@ class ExportedModel(nn.Module):
         self.model.drop_reconstruction()
         self.model.set_attn_implementation(attn_implementation)
         self.config = self.model.config
-        if self.config.problem_type is None:
-            several = self.config.num_labels > 1
-            self.config.problem_type = "single_label_classification" if several else "regression"
+        self.config.problem_type = implied_problem_type(self.config) or "single_label_classification"
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(_make_contiguous)

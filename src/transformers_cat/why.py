@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .configuration_cat import validate_integers, validate_numbers
+from .configuration_cat import class_names, implied_problem_type, validate_integers, validate_numbers
 from .feature_extraction_cat import CATFeatureExtractor
 from .modeling_cat import CATForAudioClassification
 from .mrmf import filter_edges
@@ -59,7 +59,8 @@ def explain(
 ) -> Explanation:
     """Measures which times and which frequencies of a recording are necessary and which sufficient for a label.
 
-    Two forward passes for each part. The model is in evaluation mode meanwhile.
+    Two forward passes for each part. The model is in evaluation mode meanwhile, so that threads can share only one that
+    is so before.
 
     Args:
         model: Of one label for each recording, or of several.
@@ -75,15 +76,15 @@ def explain(
             frame; `bands` is not from 1 to the number of filters in a bank; or `waveform` is none, or more than one.
     """
     config = model.config
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    if config.problem_type == "regression":
+    names = class_names(config)
+    if implied_problem_type(config) == "regression":
         raise ValueError("The model is one of regression, which has no label to explain.")
     if label is not None and label not in names:
         raise ValueError(f"The model has no label {label!r}. Its labels are: {', '.join(map(str, names))}.")
     validate_integers(1, config.num_bins, bands=bands)
     rate = feature_extractor.sampling_rate
     batch = feature_extractor(waveform, sampling_rate=rate, return_tensors="pt", return_attention_mask=False)
-    training = model.training
+    training = {module: module.training for module in model.modules()}  # some of it may be frozen
     model.eval()
     try:
         features, _ = model.cat.features(batch["input_values"].to(model.device), None)
@@ -119,7 +120,8 @@ def explain(
             frequencies=parts(frequency_bands(config, bands)),
         )
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
 
 
 def time_spans(num_frames: int, span: float | None, frame_rate: float) -> Iterator[tuple[float, float, torch.Tensor]]:

@@ -101,6 +101,11 @@ def test_every_fold_and_seed_runs_once(example, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'config.whitening': \(0.0, 0.5\)"):
         script.main(command)
     (changed / "config.json").write_text(json.dumps(CONFIG))
+    table = (changed / "clips.csv").read_text()
+    (changed / "clips.csv").write_text(table.replace("low0.wav,low,1", "low0.wav,low,2"))
+    with pytest.raises(ValueError, match="'fingerprint': "):
+        script.main(command)
+    (changed / "clips.csv").write_text(table)
     soundfile.write(changed / "low0.wav", np.zeros(999), RATE)
     with pytest.raises(ValueError, match="'fingerprint': "):
         script.main(command)
@@ -305,13 +310,14 @@ def test_transfer(example, folder, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     renamed = ("--label_column_name", "sound")
     command = flags(tmp_path, tmp_path, "--source", str(tmp_path / "others.csv"), *renamed)
-    widths, transfer = [], example("transfer")
+    shapes, transfer = [], example("transfer")
     fit = transfer.linear_probe
-    monkeypatch.setattr(transfer, "linear_probe", lambda z, *more: (widths.append(z.shape[1]), fit(z, *more))[1])
+    monkeypatch.setattr(transfer, "linear_probe", lambda z, *more: (shapes.append(z.shape[1:]), fit(z, *more))[1])
     summary = transfer.main(command)
-    assert widths[0] < widths[1]  # of Z, and of all layers
-    assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
-    assert set(summary["linear probe of all layers"]["seeds"][0]["folds"]) == {1, 2, 3}
+    (of_z,), (speeds, width), (of_layers,), last = shapes  # in the order of PROBES
+    assert (speeds, width) == (len(transfer.SPEEDS), of_z) and last == (speeds, of_layers) and of_z < of_layers
+    for name in transfer.PROBES:
+        assert set(summary[name]["seeds"][0]["folds"]) == {1, 2, 3}
     assert set(summary["fine-tuned"]["seeds"][0]["folds"]) == {1, 2, 3}
     assert {"fingerprint", "config.embed_dim"} <= json.loads((tmp_path / "flags.json").read_text()).keys()
     source = json.loads((tmp_path / "seed0" / "source" / "results.json").read_text())
@@ -344,8 +350,8 @@ def test_transfer_of_a_peer(example, folder, tmp_path):
     assert json.loads((tmp_path / "cnn/config.json").read_text())["num_frames"] == 15  # of 10 ms
     command = flags(folder, tmp_path, "--source", str(folder / "others.csv"), "--config_name", peer)
     summary = example("transfer").main(command)
-    assert set(summary["linear probe"]["seeds"][0]["folds"]) == {1, 2, 3}
-    assert set(summary["linear probe of all layers"]["seeds"][0]["folds"]) == {1, 2, 3}
+    for name in example("transfer").PROBES:
+        assert set(summary[name]["seeds"][0]["folds"]) == {1, 2, 3}
     # A head of another size, and one of the same size for other classes, start anew.
     source = tmp_path / "seed0" / "source"
     model = example("peers").PeerForAudioClassification

@@ -122,17 +122,23 @@ def test_folds_are_those_of_data(script, tmp_path, capsys):
         ({"source": "others"}, [], "on these clips"),
         ({"source": "others"}, ["--test_folds", "1"], None),
         ({"do_train": False}, [], None),
+        ({"test_folds": [1], "folds": "others"}, ["--test_folds", "1"], "folds of these data were changed after"),
+        ({"source": "others", "tested": "the same"}, [], None),
     ],
 )
 def test_clips_of_the_training_are_refused(script, folder, tmp_path, run, flags, message):
-    """By the folds that the run did not hold out, also of a copy, or by the fingerprint of its training clips."""
+    """By the folds that the run did not hold out, also of a copy, or by the fingerprint of its training clips.
+
+    Unless the clips that it was tested on had the same: files of one size in two folders, numbered in both.
+    """
     clips = load_audio_dataset(folder / "clips.csv")
     results = {
         "arguments": {
             "data": {"data": "prepared", "test_folds": None, "validation_folds": None, **run},
             "training": {"do_train": True, **run},
         },
-        "fingerprints": {"train": script.data_fingerprint(clips)},
+        "fingerprints": dict.fromkeys(["train", *["test"] * ("tested" in run)], script.data_fingerprint(clips)),
+        "folds": run.get("folds", script.data_fingerprint(clips, sizes=False, folds=True)),
         "source": run.get("source", script.data_fingerprint(clips, sizes=False)),
     }
     model = shutil.copytree(folder / "cat", tmp_path / "model")

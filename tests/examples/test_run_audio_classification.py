@@ -998,7 +998,7 @@ def test_sharded_weights_are_neither_averaged_nor_matrices(script, tmp_path, mon
         args.fsdp = "full_shard"
     else:  # as `accelerate launch --use_fsdp` does, which leaves the arguments as they are
         monkeypatch.setenv("ACCELERATE_USE_FSDP" if "FSDP" in asked else "ACCELERATE_USE_DEEPSPEED", "true")
-    clips = script.Clips(script.DatasetDict(), [], "")
+    clips = script.Clips(script.DatasetDict(), [], "", "")
     assert script.prepare_evaluation(args, clips, "single_label_classification").average_last_epochs == 0
     assert not script.choose_muon(args, from_scratch=True)
 

@@ -91,6 +91,14 @@ class TestValidation:
         soundfile.write(tmp_path / "float.wav", samples, RATE, subtype="FLOAT")
         assert "float.wav holds NaN" in audio_problem(str(tmp_path / "float.wav"))
 
+    def test_samples_that_were_not_scaled(self, tmp_path):
+        """What prepares recordings would cut them off at full scale, and hear noise."""
+        samples = np.array([0.0, 100.0, -100.0], dtype=np.float32)
+        soundfile.write(tmp_path / "float.wav", samples, RATE, subtype="FLOAT")
+        assert audio_problem(str(tmp_path / "float.wav")) is None
+        soundfile.write(tmp_path / "float.wav", 200 * samples, RATE, subtype="FLOAT")
+        assert "samples up to 20000, but full scale is 1" in audio_problem(str(tmp_path / "float.wav"))
+
     def test_error_names_the_files(self, tmp_path):
         with pytest.raises(ValueError, match=r"6 of 7 clips .*half\.flac.*text\.wav.* 1 more .*on_bad_audio='skip'"):
             validate_audio_files(self.broken(tmp_path))

@@ -80,6 +80,38 @@ def test_latents_of_all_layers_follow_z_and_know_no_padding(small_model, tmp_pat
         np.testing.assert_allclose(own, np.concatenate(expected), atol=1e-4)
 
 
+def test_latents_at_several_speeds_are_those_of_the_clips_played_so(small_model, tmp_path):
+    rate, seconds = 32_000, np.arange(16_000) / 32_000
+    tone, higher = (np.sin(2 * np.pi * hertz * seconds) * 0.5 for hertz in (1000, 1250))
+    for name, waveform in (("tone", tone), ("higher", higher[: len(higher) * 4 // 5]), ("other", tone[:9_000])):
+        soundfile.write(tmp_path / f"{name}.wav", waveform, rate, subtype="FLOAT")
+
+    def latents(*names, **more):
+        dataset = Dataset.from_dict({"audio": [f"{tmp_path}/{name}.wav" for name in names]})
+        return embed(small_model, CATFeatureExtractor(), dataset, **more)
+
+    for layers in (False, True):
+        whole = latents("tone", "other", layers=layers)
+        played = latents("tone", "other", layers=layers, speeds=(1.0, 1.25))
+        assert played.shape == (2, 2, whole.shape[1])
+        np.testing.assert_allclose(played[:, 0], whole, atol=1e-5)
+        expected = latents("higher")[0]  # faster, and higher with it
+        z = len(expected)
+        assert np.abs(played[0, 1, :z] - expected).max() < 0.1 * np.abs(whole[0, :z] - expected).max()
+
+
+def test_probe_of_several_versions_takes_the_mean_of_their_probabilities():
+    """Each version is fitted with the label of its clip, and one that is sure outvotes one that is not."""
+    labels, folds = np.tile([5, 7], 20), np.repeat([1, 2], 20)
+    latents = np.zeros((40, 2, 1))
+    latents[:, 0, 0] = 2 * labels - 12  # -2 or 2: right
+    latents[:, 1, 0] = -(labels - 6) * 0.5  # wrong, but less sure
+    assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0}
+    assert linear_probe(latents[:, 0], labels, folds) == linear_probe(latents[:, :1], labels, folds) == {1: 1.0, 2: 1.0}
+    latents[folds == 2, 1, 0] *= 10  # of these clips the wrong one is surer
+    assert linear_probe(latents, labels, folds)[2] == 0.0
+
+
 def test_probe_is_of_standardised_latents():
     """A feature of tiny values counts as much as one of large ones."""
     generator = np.random.default_rng(0)

@@ -157,6 +157,10 @@ def test_fingerprint_is_of_the_data_alone(tmp_path):
     assert data_fingerprint(one) != data_fingerprint(one.select([0]))
     (tmp_path / "two" / "b.wav").write_bytes(b"longer than before")
     assert data_fingerprint(one) != data_fingerprint(two)
+    in_folds, otherwise = (one.add_column("fold", folds) for folds in ([1, 2], [2, 1]))
+    assert data_fingerprint(in_folds) == data_fingerprint(otherwise) == data_fingerprint(one, folds=True)
+    assert data_fingerprint(in_folds, folds=True) == data_fingerprint(in_folds.select([1, 0]), folds=True)
+    assert data_fingerprint(in_folds, folds=True) != data_fingerprint(otherwise, folds=True)
 
 
 def test_git_state(tmp_path):

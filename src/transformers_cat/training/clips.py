@@ -12,11 +12,13 @@ from datasets import Dataset, Value
 
 from ..audio import UnknownFormatError, check_rates, load_audio, read_audio
 from ..configuration_cat import SAMPLING_RATE
+from ..feature_extraction_cat import MAX_AMPLITUDE
 from .tables import check_choice, some
 
 logger = logging.getLogger(__name__)
 
 EMPTY, TRUNCATED = "it holds no samples", "it is truncated: it ends before its header says"
+TOO_LOUD = "it has samples up to {:.6g}, but full scale is 1: divide them by their range, as by 32768 of 16 bits"
 LARGEST_DECLARED = 0x7FFF0000  # bytes
 
 
@@ -145,10 +147,10 @@ def audio_problem(clip: str | dict, sampling_rate: int = SAMPLING_RATE) -> str |
     except (ValueError, OSError) as error:
         return str(error)
     try:
-        decode_clip(clip, rate)
+        peak = np.abs(decode_clip(clip, rate)).max()
     except (ValueError, OSError) as error:
         return str(error)
-    return None
+    return TOO_LOUD.format(peak) if peak > MAX_AMPLITUDE else None
 
 
 def _says_truncated(log: str) -> bool:

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AudioClassificationPipeline
 
+from ..configuration_cat import class_names
 from .clips import decode_audio
 from .metrics import MULTI_LABEL, SINGLE_LABEL
 from .scores import Scores
@@ -29,7 +30,7 @@ def pipeline_scores(
         ValueError: the model gives two classes the same name, or is one for regression.
     """
     config = classifier.model.config
-    names = [config.id2label[i] for i in range(config.num_labels)]
+    names = class_names(config)
     if len(set(names)) < len(names):
         raise ValueError(f"{config.name_or_path} has classes of the same name: name them apart in its id2label")
     # Said explicitly, since the pipeline takes a softmax in any case before transformers 5.23.

@@ -4,20 +4,30 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torchaudio.functional as audio_functional
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .clips import decode_audio
 from .collate import AudioCollator
 
+# Up to what a model hears in training by default. Round numbers, since resampling by others is slow.
+SPEEDS = (0.8, 0.9, 1.0, 1.1, 1.25)
+
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, feature_extractor, dataset: Dataset, batch_size: int = 16, layers: bool = False
+    model: PreTrainedModel,
+    feature_extractor,
+    dataset: Dataset,
+    batch_size: int = 16,
+    layers: bool = False,
+    speeds: Sequence[float] | None = None,
 ) -> np.ndarray:
     """The pooled latents Z (n, d) of the clips, in evaluation mode.
 
@@ -31,21 +41,34 @@ def embed(
         dataset: clips, not decoded.
         batch_size: clips at a time; with `layers` one, since hidden states come without a mask of their padding.
         layers: whether to read the hidden states, (1, ..., tokens, width) each, too.
+        speeds: factors by which each clip is played faster, higher with it. The latents of all of them are returned,
+            (n, speeds, d). By default clips are heard as they are.
     """
     decoded = decode_audio(dataset.select_columns("audio"), feature_extractor.sampling_rate)
     collator = AudioCollator(feature_extractor, training=False, num_labels=0)
+
+    def played(clip: dict, speed: float) -> dict:
+        waveform, _ = audio_functional.speed(torch.as_tensor(clip["audio"]), feature_extractor.sampling_rate, speed)
+        return {"audio": waveform}
+
     model.eval()
-    batches = DataLoader(decoded, batch_size=1 if layers else batch_size, collate_fn=collator)
     parts = []
-    for batch in batches:
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        outputs = model.base_model(**batch, output_hidden_states=layers)
-        latents = [outputs.pooler_output]
-        for state in outputs.hidden_states if layers else ():
-            tokens = state.flatten(1, -2)  # (1, n, width)
-            latents += [tokens.mean(1), tokens.amax(1), tokens.std(1, correction=0)]
-        parts.append(torch.cat(latents, dim=1).float().cpu())
-    return torch.cat(parts).numpy()
+    for clips in DataLoader(decoded, batch_size=1 if layers else batch_size, collate_fn=list):
+        versions = [clips] if speeds is None else [[played(clip, speed) for clip in clips] for speed in speeds]
+        parts.append(torch.stack([_latents(model, collator(version), layers) for version in versions], dim=1))
+    latents = torch.cat(parts).numpy()  # (n, speeds, d)
+    return latents[:, 0] if speeds is None else latents
+
+
+def _latents(model: PreTrainedModel, batch: dict[str, Tensor], layers: bool) -> Tensor:
+    """Of a batch (B, d), or of a single clip with what its hidden states say."""
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    outputs = model.base_model(**batch, output_hidden_states=layers)
+    latents = [outputs.pooler_output]
+    for state in outputs.hidden_states if layers else ():
+        tokens = state.flatten(1, -2)  # (1, n, width)
+        latents += [tokens.mean(1), tokens.amax(1), tokens.std(1, correction=0)]
+    return torch.cat(latents, dim=1).float().cpu()
 
 
 def linear_probe(latents: np.ndarray, labels: Sequence[int], folds: Sequence[int]) -> dict[int, float]:
@@ -54,15 +77,19 @@ def linear_probe(latents: np.ndarray, labels: Sequence[int], folds: Sequence[int
     Latents are standardised by those of the other folds.
 
     Args:
-        latents: (n, d).
+        latents: (n, d), or (n, versions, d) of several versions of each clip: all of those of the other folds are
+            fitted, and the answer for a clip is the class of the highest mean probability.
         labels: class ids (n,).
         folds: (n,), of at least two different values.
     """
     labels, folds = np.asarray(labels), np.asarray(folds)
+    versions = latents.reshape(len(latents), -1, latents.shape[-1])
     accuracy = {}
     for fold in sorted(set(folds.tolist())):
         tested = folds == fold
         classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        classifier.fit(latents[~tested], labels[~tested])
-        accuracy[fold] = float(classifier.score(latents[tested], labels[tested]))
+        classifier.fit(np.concatenate(versions[~tested]), np.repeat(labels[~tested], versions.shape[1]))
+        probabilities = classifier.predict_proba(np.concatenate(versions[tested]))  # (clips * versions, classes)
+        answers = probabilities.reshape(*versions[tested].shape[:2], -1).mean(1).argmax(1)
+        accuracy[fold] = float((classifier.classes_[answers] == labels[tested]).mean())
     return accuracy

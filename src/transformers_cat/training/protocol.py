@@ -63,20 +63,28 @@ def refuse_training_clips(model: str | Path, loaded: Dataset | DatasetDict, clip
         model: folder of the model, or an id on the Hub, of which nothing is known.
         loaded: the data that the clips are from: the folds that a run on the same data, or on what was prepared of
             them, did not hold out are refused.
-        clips: the clips to evaluate on; from anywhere, if they are just those of the training.
+        clips: the clips to evaluate on; from anywhere, if they are just those of the training, and do not look like
+            those that the run itself was tested on, as in folders for training and test whose files have the same
+            names and sizes.
 
     Raises:
-        ValueError: the model was trained on some of the clips.
+        ValueError: the model was trained on some of the clips, or their folds have been changed since.
     """
     run = training_in(model)
     if run is None:
         return
     trained = run["arguments"]["data"]
     if "fold" in clips.column_names and run.get("source") == data_fingerprint(loaded, sizes=False):
+        if run.get("folds") not in (None, data_fingerprint(loaded, sizes=False, folds=True)):
+            raise ValueError(
+                f"The folds of these data were changed after {model} was trained, so that nobody can tell on which of "
+                "them: give the clips the folds that they had, or train anew"
+            )
         held_out = {*(trained["test_folds"] or ()), *(trained["validation_folds"] or ())}
         if folds := sorted(set(clips["fold"][:]) - held_out):
             raise ValueError(f"{model} was trained on the folds {folds} of these data; choose others by --test_folds")
-    if run["fingerprints"].get("train") == data_fingerprint(clips):
+    fingerprints, own = run["fingerprints"], data_fingerprint(clips)
+    if own == fingerprints.get("train") and own not in (fingerprints.get("test"), fingerprints.get("validation")):
         raise ValueError(f"{model} was trained on these clips")
 
 

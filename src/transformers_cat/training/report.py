@@ -296,20 +296,24 @@ def git_state(file: str | Path = __file__) -> dict | None:
         return None
 
 
-def data_fingerprint(data: Dataset | DatasetDict, sizes: bool = True) -> str:
+def data_fingerprint(data: Dataset | DatasetDict, sizes: bool = True, folds: bool = False) -> str:
     """SHA-256 over the clips' names, sizes in bytes and labels, in any order: which data a run saw.
 
     Names are those of the files, without their folders, so a copy elsewhere has the same fingerprint. The size of a
     clip that is stored inside the data set is left out, since it would be read for it; without `sizes`, that of all, so
-    that data which were prepared have the fingerprint of the recordings.
+    that data which were prepared have the fingerprint of the recordings. With `folds`, the fold of each clip counts,
+    where the data have any.
     """
     lines = []
     for dataset in data.values() if isinstance(data, DatasetDict) else [data]:
         names, multi = label_names(dataset), is_multi_label(dataset)
         files = sizes and dataset.features["audio"] == Value("string")
-        for path, label in zip(clip_names(dataset), dataset.with_format(None)["label"][:]):
+        plain = dataset.with_format(None)
+        given = plain["fold"][:] if folds and "fold" in dataset.column_names else [None] * len(dataset)
+        for path, label, fold in zip(clip_names(dataset), plain["label"][:], given):
             labels = sorted(names[k] for k in label) if multi else [names[label]]
-            lines.append(json.dumps([Path(path).name, os.path.getsize(path) if files else None, labels]))
+            line = [Path(path).name, os.path.getsize(path) if files else None, labels]
+            lines.append(json.dumps(line if fold is None else [*line, fold]))
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
