@@ -101,15 +101,19 @@ def test_latents_at_several_speeds_are_those_of_the_clips_played_so(small_model,
 
 
 def test_probe_of_several_versions_takes_the_mean_of_their_probabilities():
-    """Each version is fitted with the label of its clip, and one that is sure outvotes one that is not."""
     labels, folds = np.tile([5, 7], 20), np.repeat([1, 2], 20)
-    latents = np.zeros((40, 2, 1))
-    latents[:, 0, 0] = 2 * labels - 12  # -2 or 2: right
-    latents[:, 1, 0] = -(labels - 6) * 0.5  # wrong, but less sure
-    assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0}
-    assert linear_probe(latents[:, 0], labels, folds) == linear_probe(latents[:, :1], labels, folds) == {1: 1.0, 2: 1.0}
-    latents[folds == 2, 1, 0] *= 10  # of these clips the wrong one is surer
-    assert linear_probe(latents, labels, folds)[2] == 0.0
+    right = np.repeat((labels - 6.0)[:, None, None], 3, axis=1)  # -1 or 1 in each of three versions
+    assert linear_probe(right, labels, folds) == linear_probe(right[:, 0], labels, folds) == {1: 1.0, 2: 1.0}
+    tested = (folds == 2)[:, None]
+    for versions, expected in (
+        ((1, 1, -1.2), 1.0),  # the surest alone is wrong
+        ((-0.2, -0.2, 1), 1.0),  # most are wrong
+        ((1, -1, -1), 0.0),
+        ((-1, 0.2, 0.2), 0.0),
+    ):
+        latents = np.where(tested, labels[:, None] - 6.0, 1)[..., None] * np.array(versions)[:, None]
+        latents = np.where(tested[..., None], latents, right)
+        assert linear_probe(latents, labels, folds)[2] == expected, versions
 
 
 def test_probe_is_of_standardised_latents():
