@@ -22,7 +22,7 @@ from peers import PEERS, write_peer
 from transformers import AutoConfig, AutoModelForAudioClassification
 
 from transformers_cat.training import read_scores
-from transformers_cat.training.protocol import markdown_table, mean_and_deviation, per_cent
+from transformers_cat.training.protocol import fold_means, markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import plot_means, remember, write_results
 from transformers_cat.training.scores import accuracy_difference
 
@@ -70,7 +70,7 @@ def measure(model: str, args: argparse.Namespace, flags: list[str]) -> dict:
     best = max(tuning, key=tuning.get) if tuning else rates[0]
     folder, summary = cross_validated(best, reported)
     seeds = list(summary["seeds"].values())
-    folds = {str(fold): mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in reported}
+    folds = {str(fold): mean for fold, mean in fold_means(summary).items()}
     mean, deviation = mean_and_deviation(list(folds.values()))
     one = cross_validate.run_folder(folder, next(iter(summary["seeds"])), reported[0])
     return {

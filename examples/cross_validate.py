@@ -31,6 +31,7 @@ from datasets import DatasetDict
 from transformers_cat.training import is_multi_label, label_names, main_metric, read_scores, write_predictions
 from transformers_cat.training.protocol import (
     comparability,
+    fold_means,
     markdown_table,
     mean_and_deviation,
     per_cent,
@@ -137,8 +138,7 @@ def table(summary: dict) -> str:
     with_loss = all("loss" in own for own in seeds)
     named = list(summary["seeds"].items())
     if len(seeds) > 1:
-        means = {fold: mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in folds}
-        total = {"folds": means, "mean": summary["mean"], "deviation": summary["deviation"]}
+        total = {"folds": fold_means(summary), "mean": summary["mean"], "deviation": summary["deviation"]}
         if with_loss:
             total["loss"], _ = mean_and_deviation([own["loss"] for own in seeds])
         named.append(("mean", total))

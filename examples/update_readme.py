@@ -25,7 +25,7 @@ import pointing
 import robustness
 from transfer import PROBES
 
-from transformers_cat.training.protocol import markdown_table, per_cent
+from transformers_cat.training.protocol import fold_means, markdown_table, mean_and_deviation, per_cent
 from transformers_cat.training.report import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,10 +50,16 @@ def transfer(summary: dict) -> str:
 
 
 def transfers(summaries: dict[str, dict]) -> str:
-    """The means of several `summary.json` of transfer.py."""
+    """The means of several `summary.json` of transfer.py, each with its deviation over the folds.
+
+    A fold's figure is the mean of the seeds, whose number is said of more than one.
+    """
 
     def cell(of: dict | None) -> str:
-        return per_cent(of["mean"], of["deviation"]) if of else ""  # not measured
+        if not of:  # not measured
+            return ""
+        seeds = f" ({len(of['seeds'])})" if len(of["seeds"]) > 1 else ""
+        return per_cent(*mean_and_deviation(list(fold_means(of).values()))) + seeds
 
     rows = [[row, *(cell(summary.get(name)) for name in TRANSFER)] for row, summary in summaries.items()]
     return markdown_table(["model, and what it was trained to tell apart", *TRANSFER], rows)
@@ -95,6 +101,7 @@ FIGURES: dict[str, tuple[str | dict[str, str], Container[str] | None, Callable[[
             "CNN, classes": "transfer_cnn/summary.json",
             "CNN, recordings": "transfer_cnn_recordings/summary.json",
             "HTS-AT, classes": "transfer_hts-at/summary.json",
+            "HTS-AT, recordings": "transfer_hts-at_recordings/summary.json",
             "AST, classes": "transfer_ast/summary.json",
         },
         TRANSFER,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from transformers_cat.training.protocol import summarise
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -23,10 +25,10 @@ def test_documents_are_what_the_runs_say(script):
 
 
 def test_rows_come_from_several_runs_of_which_some_are_elsewhere(script, tmp_path):
-    scores = {"mean": 0.5, "deviation": None, "seeds": {}}
-    for name, mean in (("transfer", 0.5), ("transfer_cnn", 0.75)):
+    one, two = {0: {1: 0.5, 2: 0.6}}, {0: {1: 0.5, 2: 0.6}, 1: {1: 0.7, 2: 1.0}}
+    for name, seeds in (("transfer", one), ("transfer_cnn", two)):
         (tmp_path / name).mkdir()
-        summary = {"note": "none", "linear probe": scores, "fine-tuned": {**scores, "mean": mean, "deviation": 0.1}}
+        summary = {"note": "none", "linear probe": summarise({0: {1: 0.5}}), "fine-tuned": summarise(seeds)}
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     script.collect(tmp_path, tmp_path / "results")
     before = (tmp_path / "results/transfer.json").read_text()
@@ -35,8 +37,8 @@ def test_rows_come_from_several_runs_of_which_some_are_elsewhere(script, tmp_pat
     script.collect(tmp_path, tmp_path / "results")
     assert (tmp_path / "results/transfer.json").read_text() == before
     assert script.transfers(json.loads(before)).splitlines()[2:] == [
-        "| CAT, classes | 50.0 |  | 50.0 ± 10.0 |",
-        "| CNN, classes | 50.0 |  | 75.0 ± 10.0 |",
+        "| CAT, classes | 50.0 |  |  |  | 55.0 ± 7.1 |",
+        "| CNN, classes | 50.0 |  |  |  | 70.0 ± 14.1 (2) |",  # of 60 and 80: not of the seeds' means
     ]
 
 

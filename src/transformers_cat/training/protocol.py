@@ -114,6 +114,12 @@ def summarise(values: dict[int, dict[int | None, float]]) -> dict:
     return {"seeds": seeds, "mean": mean, "deviation": only["deviation"], "deviation_of": "folds"}
 
 
+def fold_means(summary: dict) -> dict[int | None, float]:
+    """fold -> mean over the seeds of what `summarise` returned."""
+    seeds = list(summary["seeds"].values())
+    return {fold: mean_and_deviation([own["folds"][fold] for own in seeds])[0] for fold in seeds[0]["folds"]}
+
+
 def per_cent(mean: float, deviation: float | None) -> str:
     """As tables show it: 96.4 ± 0.3, or 96.4."""
     return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
