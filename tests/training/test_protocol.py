@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModelForAudioClassification
 
 from transformers_cat import CATFeatureExtractor, load_audio
-from transformers_cat.training.probe import embed, linear_probe
+from transformers_cat.configuration_cat import class_names
+from transformers_cat.training.probe import embed, fit_head, linear_probe
 from transformers_cat.training.protocol import comparability, refuse_reshuffled_folds, summarise
 
 
@@ -123,3 +128,73 @@ def test_probe_is_of_standardised_latents():
     latents = generator.normal(size=(60, 4))
     latents[:, 0] = 1e-3 * (labels + 0.1 * latents[:, 0])
     assert linear_probe(latents, labels, folds) == {1: 1.0, 2: 1.0, 3: 1.0}
+
+
+@pytest.fixture
+def hums(tmp_path) -> Dataset:
+    """Tones of three pitches, four clips each, of different lengths and phases."""
+    rng, rows = np.random.default_rng(0), {"audio": [], "label": []}
+    for i in range(12):
+        time = np.arange(9_600 + 800 * i) / 32_000
+        waveform = 0.3 * np.sin(2 * np.pi * 400 * 3 ** (i % 3) * time) + 0.01 * rng.standard_normal(len(time))
+        soundfile.write(tmp_path / f"{i}.wav", waveform, 32_000, subtype="FLOAT")
+        rows["audio"].append(f"{tmp_path}/{i}.wav")
+        rows["label"].append(i % 3)
+    return Dataset.from_dict(rows).cast_column("label", ClassLabel(names=["low", "mid", "high"]))
+
+
+@pytest.mark.parametrize("kind", ["three", "two", "several"])
+def test_a_fitted_head_is_the_probe(small_model, hums, tmp_path, kind):
+    if kind == "two":
+        hums = hums.filter(lambda label: label < 2, input_columns="label")
+        hums = hums.cast_column("label", ClassLabel(names=["low", "mid"]))
+    if kind == "several":  # low or mid, mid or high
+        labels = [[[0], [0, 1], [1]][label] for label in hums["label"]]
+        hums = hums.remove_columns("label").add_column("label", labels)
+        hums = hums.cast_column("label", List(ClassLabel(names=["low or mid", "mid or high"])))
+    body = {name: value.clone() for name, value in small_model.cat.state_dict().items()}
+    extractor = CATFeatureExtractor()
+    fit_head(small_model, extractor, hums, speeds=(0.9, 1.0))
+    assert all(value.equal(body[name]) for name, value in small_model.cat.state_dict().items())
+    small_model.save_pretrained(tmp_path / "model")
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "model")
+    latents = embed(model, extractor, hums)
+    logits = model.classifier(torch.from_numpy(latents)).detach()
+    fitted = np.concatenate(embed(model, extractor, hums, speeds=(0.9, 1.0)))
+
+    def expected(labels):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        return classifier.fit(fitted, np.repeat(labels, 2)).predict_proba(latents)
+
+    if kind == "several":
+        assert model.config.problem_type == "multi_label_classification"
+        for k in range(2):
+            own = expected([k in labels for labels in hums["label"]])[:, 1]
+            np.testing.assert_allclose(logits.sigmoid()[:, k], own, atol=1e-3)
+    else:
+        assert model.config.problem_type == "single_label_classification"
+        names = hums.features["label"].names
+        assert class_names(model.config) == names and model.config.label2id == dict(zip(names, range(3)))
+        np.testing.assert_allclose(logits.softmax(-1), expected(hums["label"]), atol=1e-3)
+        assert (logits.argmax(1).numpy() == hums["label"]).all()
+
+
+def test_a_head_needs_clips_of_each_class_and_a_linear_layer(small_model, hums):
+    more = hums.cast_column("label", ClassLabel(names=["low", "mid", "high", "highest"]))
+    before = small_model.classifier
+    with pytest.raises(ValueError, match="no clip has them, or each: highest"):
+        fit_head(small_model, CATFeatureExtractor(), more)
+    everything = hums.remove_columns("label").add_column("label", [[0, 1], [0]] * 6)
+    everything = everything.cast_column("label", List(ClassLabel(names=["sound", "odd"])))
+    with pytest.raises(ValueError, match="no clip has them, or each: sound"):
+        fit_head(small_model, CATFeatureExtractor(), everything)
+    one = hums.filter(lambda label: label == 0, input_columns="label").cast_column("label", ClassLabel(names=["low"]))
+    with pytest.raises(ValueError, match="no clip has them, or each: low"):
+        fit_head(small_model, CATFeatureExtractor(), one)
+    assert small_model.classifier is before and len(small_model.config.id2label) == before.out_features
+    unlabelled = Dataset.from_dict({"audio": hums["audio"], "label": [-1, 1, 2] + [0, 1, 2] * 3})
+    with pytest.raises(ValueError, match="clips without a label"):
+        fit_head(small_model, CATFeatureExtractor(), unlabelled.cast_column("label", hums.features["label"]))
+    small_model.classifier = torch.nn.Sequential(before)
+    with pytest.raises(ValueError, match="no linear layer `classifier`"):
+        fit_head(small_model, CATFeatureExtractor(), hums)

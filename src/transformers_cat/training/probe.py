@@ -1,4 +1,4 @@
-"""Linear probe: how well a linear classifier does on the latents of a model that is not trained further."""
+"""Linear classifiers of the latents of a model that is not trained further: as a measure of it, and as its new head."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,15 @@ from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .clips import decode_audio
 from .collate import AudioCollator
+from .data import is_multi_label, label_names
+from .metrics import MULTI_LABEL, SINGLE_LABEL
+from .tables import some
 
 # Up to what a model hears in training by default. Round numbers, since resampling by others is slow.
 SPEEDS = (0.8, 0.9, 1.0, 1.1, 1.25)
@@ -93,3 +96,56 @@ def linear_probe(latents: np.ndarray, labels: Sequence[int], folds: Sequence[int
         answers = probabilities.reshape(*versions[tested].shape[:2], -1).mean(1).argmax(1)
         accuracy[fold] = float((classifier.classes_[answers] == labels[tested]).mean())
     return accuracy
+
+
+def fit_head(
+    model: PreTrainedModel, feature_extractor, dataset: Dataset, speeds: Sequence[float] = SPEEDS, batch_size: int = 16
+) -> None:
+    """Give a model a new head for the classes of the clips, without training anything else.
+
+    The head is the logistic regression of the linear probe on Z, or one for each label where clips may have several.
+    The model can then be saved, and be used and trained further as any other.
+
+    Args:
+        model: CAT, or another whose head `classifier` is a linear layer of its `pooler_output`.
+        feature_extractor: the model's.
+        dataset: clips with labels, not decoded.
+        speeds: factors by which each clip is played faster, all of which are fitted.
+        batch_size: clips at a time.
+
+    Raises:
+        ValueError: the head is no linear layer, a clip has no class, or a class has no clip (of several labels: all or
+            none have it).
+    """
+    if not isinstance(getattr(model, "classifier", None), nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear layer `classifier` to be replaced")
+    names, multi_label = label_names(dataset), is_multi_label(dataset)
+    labels = dataset.with_format(None)["label"][:]
+    present = np.array([np.isin(np.arange(len(names)), own) for own in labels])  # (n, classes)
+    unknown = [name for name, own in zip(names, present.T) if not own.any() or (multi_label and own.all())]
+    if unknown or (len(names) < 2 and not multi_label):
+        raise ValueError(
+            f"Nothing tells these classes from others, since no clip has them, or each: {some(unknown or names)}"
+        )
+    if not (multi_label or present.any(1).all()):
+        raise ValueError("The data set has clips without a label, which is stored as -1: choose another split")
+    versions = np.concatenate(embed(model, feature_extractor, dataset, batch_size, speeds=speeds))
+    scaler = StandardScaler().fit(versions)
+    targets = np.repeat(present if multi_label else present.argmax(1), len(speeds), axis=0)
+    weights, biases = [], []
+    for target in targets.T if multi_label else [targets]:
+        classifier = LogisticRegression(max_iter=2000).fit(scaler.transform(versions), target)
+        weights.append(classifier.coef_)
+        biases.append(classifier.intercept_)
+    weight, bias = np.concatenate(weights), np.concatenate(biases)
+    if not multi_label and len(names) == 2:  # these are of the second class against the first
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / scaler.scale_
+    head = nn.Linear(weight.shape[1], len(names)).to(model.classifier.weight)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
+    model.classifier = head
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.config.problem_type = MULTI_LABEL if multi_label else SINGLE_LABEL
