@@ -540,6 +540,12 @@ class TestFolds:
         with pytest.raises(ValueError, match="no column `fold`"):
             split_folds(dataset.remove_columns("fold"), [1])
 
+    def test_one_split_is_no_split(self, dataset):
+        splits = split_folds(DatasetDict(train=dataset), [2])
+        assert splits["test"]["audio"][:] == ["c", "d"]
+        with pytest.raises(ValueError, match="name splits instead"):
+            split_folds(DatasetDict(train=dataset, test=dataset), [2])
+
 
 class TestAlignLabels:
     def test_single(self):

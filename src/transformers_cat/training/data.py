@@ -234,12 +234,15 @@ def load_audio_dataset(
 # ---------------------------------------------------------------------------------------------------------------------
 # What is done to a data set
 # ---------------------------------------------------------------------------------------------------------------------
-def split_folds(dataset: Dataset, test_folds: Sequence[int], validation_folds: Sequence[int] = ()) -> DatasetDict:
+def split_folds(
+    dataset: Dataset | DatasetDict, test_folds: Sequence[int], validation_folds: Sequence[int] = ()
+) -> DatasetDict:
     """Split by the given folds: `test`, `validation`, and the rest as `train`; empty parts are left out.
 
     Raises:
-        ValueError: no `fold` column, a fold that does not exist, or a fold used twice.
+        ValueError: no `fold` column, several splits, a fold that does not exist, or a fold used twice.
     """
+    dataset = without_only_split(dataset)  # as prepared clips come
     if "fold" not in dataset.column_names:
         raise ValueError("The data set has no column `fold`: name splits instead of folds, or add the column")
     folds = np.asarray(dataset.with_format(None)["fold"][:])
