@@ -130,11 +130,12 @@ def fit_head(
     if not (multi_label or present.any(1).all()):
         raise ValueError("The data set has clips without a label, which is stored as -1: choose another split")
     versions = np.concatenate(embed(model, feature_extractor, dataset, batch_size, speeds=speeds))
-    scaler = StandardScaler().fit(versions)
+    scaler = StandardScaler()
+    standardised = scaler.fit_transform(versions)
     targets = np.repeat(present if multi_label else present.argmax(1), len(speeds), axis=0)
     weights, biases = [], []
     for target in targets.T if multi_label else [targets]:
-        classifier = LogisticRegression(max_iter=2000).fit(scaler.transform(versions), target)
+        classifier = LogisticRegression(max_iter=2000).fit(standardised, target)
         weights.append(classifier.coef_)
         biases.append(classifier.intercept_)
     weight, bias = np.concatenate(weights), np.concatenate(biases)
