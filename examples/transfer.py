@@ -90,10 +90,12 @@ def probe(source: Path, flags: list[str], path: Path) -> dict[str, dict[int, flo
             dataset, _ = validate_audio_files(dataset, data_args.on_bad_audio)
         model = AutoModelForAudioClassification.from_pretrained(source)
         extractor = AutoFeatureExtractor.from_pretrained(source)
-        latents = {layers: embed(model, extractor, dataset, layers=layers, speeds=SPEEDS) for layers in (False, True)}
+        latents = embed(model, extractor, dataset, layers=True, speeds=SPEEDS)  # Z, then what the hidden states say
+        of_z = embed(model, extractor, dataset.select(range(1))).shape[1]
         accuracy = {}
         for name, (layers, speeds) in PROBES.items():
-            versions = latents[layers] if speeds else latents[layers][:, SPEEDS.index(1)]
+            read = latents if layers else latents[..., :of_z]
+            versions = read if speeds else read[:, SPEEDS.index(1)]
             accuracy[name] = linear_probe(versions, dataset["label"][:], dataset["fold"][:])
         write_json(path, accuracy)
     accuracy = json.loads(path.read_text())

@@ -161,9 +161,10 @@ def test_trained_on_everything_has_the_score_of_its_cross_validation(model, tmp_
     assert result.metric_value == 0.15
 
 
-def test_regression(tmp_path):
+@pytest.mark.parametrize("stated", ["regression", None])
+def test_regression(tmp_path, stated):
     """Which names no class."""
-    config = small_config(problem_type="regression", num_labels=1)
+    config = small_config(problem_type=stated, num_labels=1)
     text = words(reload(model_card(CATForAudioClassification(config), "x", []), tmp_path))
     assert "million parameters that gives every clip 1 number." in text and "names one of" not in text
     assert text.count('function_to_apply="none"') == 2

@@ -122,10 +122,10 @@ def validate_audio_files(dataset: Dataset, on_bad_audio: str = "error") -> tuple
 
 
 def audio_problem(clip: str | dict, sampling_rate: int = SAMPLING_RATE) -> str | None:
-    """Why a clip cannot be read to its end and brought to `sampling_rate` Hz (default 32000), or None.
+    """Why a clip cannot be read to its end, brought to `sampling_rate` Hz (default 32000) or heard as it is, or None.
 
     Of uncompressed integers only the header is looked at. All else is decoded: compressed audio may have a gap
-    anywhere, and numbers in floating point may be none.
+    anywhere, and numbers in floating point may be none, or on the scale of integers.
     """
     path, encoded = path_and_bytes(clip)
     rate = sampling_rate

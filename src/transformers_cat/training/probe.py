@@ -28,7 +28,7 @@ def embed(
     model: PreTrainedModel,
     feature_extractor,
     dataset: Dataset,
-    batch_size: int = 16,
+    batch_size: int = 1,
     layers: bool = False,
     speeds: Sequence[float] | None = None,
 ) -> np.ndarray:
@@ -42,7 +42,8 @@ def embed(
         model: any model whose base model has a `pooler_output`, CAT and AST among them.
         feature_extractor: the model's.
         dataset: clips, not decoded.
-        batch_size: clips at a time; with `layers` one, since hidden states come without a mask of their padding.
+        batch_size: clips at a time. 1, the default, is exact for every model; some see the padding of a batch. With
+            `layers` it is 1 in any case, since hidden states come without a mask of their padding.
         layers: whether to read the hidden states, (1, ..., tokens, width) each, too.
         speeds: factors by which each clip is played faster, higher with it. The latents of all of them are returned,
             (n, speeds, d). By default clips are heard as they are.
@@ -99,7 +100,7 @@ def linear_probe(latents: np.ndarray, labels: Sequence[int], folds: Sequence[int
 
 
 def fit_head(
-    model: PreTrainedModel, feature_extractor, dataset: Dataset, speeds: Sequence[float] = SPEEDS, batch_size: int = 16
+    model: PreTrainedModel, feature_extractor, dataset: Dataset, speeds: Sequence[float] = SPEEDS, batch_size: int = 1
 ) -> None:
     """Give a model a new head for the classes of the clips, without training anything else.
 
@@ -111,7 +112,7 @@ def fit_head(
         feature_extractor: the model's.
         dataset: clips with labels, not decoded.
         speeds: factors by which each clip is played faster, all of which are fitted.
-        batch_size: clips at a time.
+        batch_size: clips at a time, as for `embed`.
 
     Raises:
         ValueError: the head is no linear layer, a clip has no class, or a class has no clip (of several labels: all or
